@@ -1,0 +1,24 @@
+"""How several vectors become one."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from shoal.tensor.types import Mask, Stack, Vector, Weight
+
+
+class Aggregator(Protocol):
+    """[..., k, dim] -> [..., dim]. Absent rows are masked, never zero-filled.
+
+    mask: bool [..., k]; weight: [..., k] >= 0 or None (rules without weights ignore it);
+    center: [..., dim], the receiver's own vector, for rules that start from it.
+    Rows that are not finite count as absent or as worst, never as numbers. With no row present
+    the result is `center`, or zeros when there is none.
+    """
+
+    def __call__(
+        self, x: Stack, *, mask: Mask, weight: Weight | None = None, center: Vector | None = None
+    ) -> Vector: ...
+
+    # Optional, for linear rules: mix(weight, x) with weight [receivers, senders] (sparse or dense)
+    # and x [senders, dim] replaces the gather of [receivers, k, dim] by one product.

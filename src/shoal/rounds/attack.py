@@ -1,0 +1,56 @@
+"""What Byzantine peers send instead of their honest work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from typing import ClassVar, Protocol
+
+from shoal.rounds.task import Shard, Task
+from shoal.tensor.types import Key, Stack
+
+
+class Knowledge(Enum):
+    """What an attacker sees before it must send."""
+
+    OWN = "own"
+    """its own honest vector; runs on every engine"""
+    ALL = "all"
+    """every honest vector of the round; simulation only"""
+
+
+@dataclass(frozen=True)
+class View:
+    """What an attack may look at. Leading axes `[...]` are independent worlds (seeds).
+
+    honest: [..., honest, dim] what honest peers send in this round, before encode;
+            for `Knowledge.OWN` the attacker's own row only, [..., 1, dim]
+    own:    [..., byzantine, dim] what the Byzantine peers would have sent
+    round:  which round
+    rule:   for `Knowledge.ALL`: candidate [..., byzantine, dim] -> what the honest peers would
+            hold after aggregation, [..., honest, dim] (float); lets an attack search against
+            the defence in force
+    """
+
+    honest: Stack
+    own: Stack
+    round: int
+    rule: Callable[[Stack], Stack] | None = None
+
+
+class Attack(Protocol):
+    """Numbers in place of work: View -> [..., byzantine, dim].
+
+    With `per_receiver` the result is [..., honest, byzantine, dim]: another vector for each
+    honest receiver (equivocation).
+    """
+
+    knowledge: ClassVar[Knowledge]
+    per_receiver: ClassVar[bool] = False
+
+    def __call__(self, view: View, key: Key) -> Stack: ...
+
+    def poison(self, task: Task, shard: Shard, key: Key) -> Shard:
+        """A Byzantine peer's data before it trains (label flip, backdoor); default: unchanged."""
+        ...

@@ -1,0 +1,44 @@
+"""Who hears whom in a round: data, not code, so every engine means the same by it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from shoal.base.ids import PeerId
+from shoal.tensor.types import Index, Mask, Weight
+
+
+@dataclass(frozen=True)
+class Hop:
+    """One wave of messages in which every peer hears its sources.
+
+    sources: int64 [peers, k], -1 = padding; own row not included
+    weights: float [peers, k] what each source counts; None = let the aggregator decide
+    own:     float [peers] what the own vector counts; weights and own sum to 1 when present.
+             A lost or absent source's weight goes to `own`.
+    """
+
+    sources: Index
+    weights: Weight | None = None
+    own: Weight | None = None
+
+
+class Exchange(Protocol):
+    """A communication step. Frozen settings; `hops` is a function of (round, seed) alone."""
+
+    @property
+    def hub(self) -> PeerId | None:
+        """With a hub, `apply` runs there only and its parameters go down to the active peers."""
+        ...
+
+    @property
+    def peers(self) -> int: ...
+
+    def active(self, round: int, seed: int) -> Mask:
+        """bool [peers]: who takes part in this round."""
+        ...
+
+    def hops(self, round: int, seed: int) -> tuple[Hop, ...]:
+        """The waves of a round. Waves after the first send the combined vector of the last."""
+        ...

@@ -1,0 +1,83 @@
+"""A round-based method as a few pure functions.
+
+A round is `local -> encode -> exchange -> decode -> aggregate -> apply`. A strategy owns the first
+and the last word; the others are axes of the scenario. Everything has leading axes `[...]`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from shoal.rounds.task import Shard, Task
+from shoal.tensor.types import Key, Mask, Scalar, Vector
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a strategy may look at in one round.
+
+    round: the same for all rows; shard, key, active: one per row; sent: this round's own payload
+    after encode and decode, [..., dim] (only in `apply`; CHOCO and EF21 need it);
+    deadline: seconds since the start at which the round ends, [...] or scalar.
+    """
+
+    round: int
+    task: Task
+    shard: Shard
+    key: Key
+    active: Mask
+    sent: Vector | None = None
+    deadline: float = float("inf")
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """What a peer sends: a vector, its weight in weighted means, and named extras.
+
+    vector [..., dim]; weight [...] (None = 1; 0 = "I have learned nothing yet");
+    extra: name -> [..., *], combined like the vector and handed to `apply` in `Heard.extra`.
+    """
+
+    vector: Vector
+    weight: Scalar | None = None
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Heard:
+    """The combined messages, own row included.
+
+    vector [..., dim]: the aggregate (a peer that heard nobody gets its own vector back);
+    count [...]: how many rows came in, own included; extra: the combined extras.
+    """
+
+    vector: Vector
+    count: Tensor
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class Strategy(Protocol):
+    """A method. The state is a dataclass (or tuple, dict, tensor) of tensors with leading axes."""
+
+    def init(self, params: Vector) -> Any:
+        """State for parameters [..., dim]."""
+        ...
+
+    def local(self, state: Any, step: Step) -> tuple[Any, Parcel]:
+        """Work on the peer's own data, and what to send."""
+        ...
+
+    def apply(self, state: Any, heard: Heard, step: Step) -> Any:
+        """What to do with the combined messages; with a hub it runs at the hub only."""
+        ...
+
+    def params(self, state: Any) -> Vector:
+        """The model [..., dim] that a user would take away."""
+        ...
+
+    # Optional: adopt(state, received, step) -> state. A client takes the hub's parameters; without
+    # it the adapter uses `init(received)`, which forgets everything else that the client knew.

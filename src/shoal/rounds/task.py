@@ -1,0 +1,81 @@
+"""What is learned: a loss over flat parameters, and each peer's own data.
+
+All of it accepts leading axes: `params [dim]` on one peer, `[peers, dim]` in a simulation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor
+
+from shoal.tensor.flat import FlatSpec
+from shoal.tensor.types import Index, Key, Mask, Scalar, Vector
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Which samples are a peer's own: positions in the task's data, not the data itself.
+
+    index: int64 [..., most], padded with 0; size: int64 [...]. Two peers may share samples.
+    labels: [..., most, *] in place of the task's own targets (poisoned data), or None.
+    """
+
+    index: Index
+    size: Tensor
+    labels: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples for one step. x: [..., batch, *features]; y: [..., batch, *]; mask: [..., batch].
+
+    A masked sample does not count; losses are means over unmasked samples (0 when there are none).
+    """
+
+    x: Tensor
+    y: Tensor
+    mask: Mask
+
+
+@runtime_checkable
+class Task(Protocol):
+    """A learning problem. Hashable by identity: batching groups compare tasks with `is`."""
+
+    @property
+    def spec(self) -> FlatSpec: ...
+
+    @property
+    def peers(self) -> int:
+        """How many shards there are."""
+        ...
+
+    def init(self, key: Key) -> Vector:
+        """Initial parameters `[..., dim]`, one row per key."""
+        ...
+
+    def shard(self, peer: int | Index) -> Shard:
+        """A peer's own data; an index `[...]` gives a stacked shard `[..., most]`."""
+        ...
+
+    def batch(self, shard: Shard, key: Key, size: int) -> Batch:
+        """`size` samples drawn by key with replacement; stateless."""
+        ...
+
+    def epoch(self, shard: Shard, key: Key, size: int) -> Iterator[Batch]:
+        """Every sample once, in an order drawn by key, in batches of at most `size`."""
+        ...
+
+    def loss(self, params: Vector, batch: Batch) -> Scalar: ...
+
+    def grad(self, params: Vector, batch: Batch) -> Vector: ...
+
+    def clipped_grad_sum(self, params: Vector, batch: Batch, clip: float) -> Vector:
+        """Sum over samples of per-sample gradients, each scaled to norm at most `clip`."""
+        ...
+
+    def evaluate(self, params: Vector) -> dict[str, Scalar]:
+        """Metrics on the task's test set, such as `accuracy` and `loss`, each `[...]`."""
+        ...

@@ -1,0 +1,133 @@
+"""Message declaration: plain classes with annotations become frozen structs that can be sent.
+
+    @message(tag=("round",))
+    class Update:
+        round: int
+        delta: Tensor
+
+Fields may be int, float, bool, str, bytes, Tensor, Segment, tuple, dict or another message. A
+message's tag is the tuple of the fields that `tag` names; `recv` and `gather` select by it.
+Messages, and the tensors in them, are immutable once sent.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any, ClassVar, Protocol, TypeVar, dataclass_transform, get_type_hints, overload
+
+import msgspec
+
+from shoal.base import keyed
+from shoal.base.errors import UsageError
+from shoal.base.ids import Tag
+
+T = TypeVar("T")
+
+
+class Segment(Protocol):
+    """Something that is sent as one run of bytes and knows its length without making them."""
+
+    def byte_count(self) -> int:
+        """Exactly `len(self.pack())`."""
+        ...
+
+    def pack(self) -> bytes | memoryview: ...
+
+
+class Message(msgspec.Struct, frozen=True):
+    """Base of everything that crosses a link; use the `@message` decorator instead of this."""
+
+    kind: ClassVar[str] = ""
+    code: ClassVar[int] = 0
+    tag_fields: ClassVar[tuple[str, ...]] = ()
+    plain: ClassVar[bool] = True
+
+    @property
+    def tag(self) -> Tag:
+        """What tells this message from others of its kind; () when the class declares no tag."""
+        return tuple([getattr(self, name) for name in self.tag_fields])
+
+
+class Packed(msgspec.Struct, frozen=True):
+    """A `Segment` as it arrives: bytes that only its owner can read."""
+
+    data: bytes | memoryview
+
+    def byte_count(self) -> int:
+        return len(self.data)
+
+    def pack(self) -> bytes | memoryview:
+        return self.data
+
+
+_kinds: dict[int, type[Message]] = {}
+
+
+def kind_of(code: int) -> type[Message] | None:
+    """The declared class of a wire code, if this process knows it."""
+    return _kinds.get(code)
+
+
+@overload
+def message(declared: type[T]) -> type[T]: ...
+@overload
+def message(*, tag: tuple[str, ...] = ()) -> Callable[[type[T]], type[T]]: ...
+@dataclass_transform(frozen_default=True)
+def message(declared: type | None = None, *, tag: tuple[str, ...] = ()) -> Any:
+    """Turn an annotated class into a message; `tag` names the fields that make up its tag.
+
+    >>> @message(tag=("round",))
+    ... class Ping:
+    ...     round: int
+    >>> Ping(3).tag
+    (3,)
+    """
+    if declared is None:
+        return lambda cls: _declare(cls, tag)
+    return _declare(declared, tag)
+
+
+def _declare(declared: type, tag: tuple[str, ...]) -> type[Message]:
+    module = sys.modules.get(declared.__module__)
+    names = declared.__dict__.get("__annotations__", {})
+    hints = get_type_hints(declared, vars(module) if module else None, include_extras=True)
+    for name in tag:
+        if name not in names:
+            raise UsageError(
+                f"message {declared.__qualname__}: tag names {name!r}, but the fields are "
+                f"{tuple(names)} (use a field's name)"
+            )
+    fields = [
+        (name, hints[name], declared.__dict__[name]) if name in declared.__dict__
+        else (name, hints[name])
+        for name in names
+    ]
+    kind = f"{declared.__module__}.{declared.__qualname__}"
+    code = keyed.word(kind) & 0xFFFFFFFF
+    known = _kinds.get(code)
+    if known is not None and known.kind != kind:
+        raise UsageError(f"messages {kind} and {known.kind} share the code {code} (rename one)")
+    namespace: dict[str, Any] = {
+        name: value
+        for name, value in vars(declared).items()
+        if name not in names and name not in ("__dict__", "__weakref__", "__annotations__")
+    }
+    made: type[Message] = msgspec.defstruct(
+        declared.__name__, fields, bases=(Message,), module=declared.__module__,
+        namespace=namespace, frozen=True, array_like=True, forbid_unknown_fields=True,
+    )  # type: ignore[assignment]
+    made.__qualname__ = declared.__qualname__
+    made.kind = kind
+    made.code = code
+    made.tag_fields = tag
+    made.plain = all(_is_plain(hints[name]) for name in names)
+    if len(tag) == 0:
+        made.tag = ()  # type: ignore[assignment,misc]
+    _kinds[code] = made
+    return made
+
+
+def _is_plain(hint: Any) -> bool:
+    """True when a field can hold neither tensors nor segments, so that size needs no walk."""
+    return hint in (int, float, bool, str, bytes)
