@@ -5,7 +5,7 @@
         round: int
         delta: Tensor
 
-Fields may be int, float, bool, str, bytes, Tensor, Segment, tuple, dict or another message. A
+Fields may be int, float, bool, str, bytes, Tensor, Packed, tuple, dict or another message. A
 message's tag is the tuple of the fields that `tag` names; `recv` and `gather` select by it.
 Messages, and the tensors in them, are immutable once sent.
 """
@@ -49,16 +49,25 @@ class Message(msgspec.Struct, frozen=True):
         return tuple([getattr(self, name) for name in self.tag_fields])
 
 
-class Packed(msgspec.Struct, frozen=True):
-    """A `Segment` as it arrives: bytes that only its owner can read."""
+class Packed:
+    """A message field that its owner packs itself: a `Segment` here, bytes once it has travelled.
 
-    data: bytes | memoryview
+    In simulation the content arrives as it was sent; across a wire it arrives as bytes, and the
+    receiver unpacks it. `content` must not change once sent.
+    """
+
+    __slots__ = ("content",)
+
+    def __init__(self, content: Segment | bytes | memoryview) -> None:
+        self.content = content
 
     def byte_count(self) -> int:
-        return len(self.data)
+        content = self.content
+        return content.byte_count() if hasattr(content, "byte_count") else len(content)  # type: ignore[union-attr,arg-type]
 
     def pack(self) -> bytes | memoryview:
-        return self.data
+        content = self.content
+        return content.pack() if hasattr(content, "pack") else content  # type: ignore[union-attr,return-value]
 
 
 _kinds: dict[int, type[Message]] = {}

@@ -59,9 +59,8 @@ class Run:
     trace_digest: str = ""
     """(time_ns, source, target, kind, tag, size) of every delivery, in order; '' in lockstep"""
     state_digest: str = ""
-    params: Tensor | None = None
-    """final parameters [peers, dim] of the peers that have any; see `alive`"""
-    alive: list[bool] = field(default_factory=list)
+    final: dict[int, Tensor] = field(default_factory=dict)
+    """last recorded parameters [dim] of each peer that recorded any, by peer"""
     names: tuple[str, ...] = ()
     shapes: tuple[tuple[int, ...], ...] = ()
     """how a row of `params` splits into named tensors (FlatSpec)"""

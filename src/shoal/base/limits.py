@@ -1,0 +1,33 @@
+"""Bounds on everything that another peer could make grow. All sizes in bytes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from shoal.base.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one peer accepts from one other peer, and how much it keeps.
+
+    frame_bytes: largest message; header_bytes: largest structured part of a message;
+    mailbox_bytes: unread messages per sender; queue_bytes: unsent messages per receiver, beyond
+    which `send` waits; in_flight: requests that a handler works on at once; closed_tags: how many
+    closed tags per kind are remembered.
+    """
+
+    frame_bytes: int = 1 << 30
+    header_bytes: int = 1 << 20
+    mailbox_bytes: int = 1 << 28
+    queue_bytes: int = 1 << 28
+    in_flight: int = 64
+    closed_tags: int = 4096
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value <= 0:
+                raise UsageError(f"Limits: {name}={value}; need a positive number (raise it)")
+
+
+DEFAULT = Limits()

@@ -1,0 +1,28 @@
+"""Virtual time is an integer of nanoseconds inside and a float of seconds outside."""
+
+from __future__ import annotations
+
+import math
+
+from shoal.base.errors import UsageError
+
+NANOSECONDS = 1_000_000_000
+FOREVER = (1 << 62) - 1
+
+
+def to_ns(time_s: float) -> int:
+    """Seconds to nanoseconds, rounded to nearest; infinity becomes FOREVER.
+
+    >>> to_ns(1.5)
+    1500000000
+    """
+    if time_s >= 4e9:
+        return FOREVER
+    if math.isnan(time_s):
+        raise UsageError("time: nan is no time (compute the deadline from peer.now())")
+    return round(time_s * NANOSECONDS)
+
+
+def to_s(time_ns: int) -> float:
+    """Nanoseconds to seconds; FOREVER becomes infinity."""
+    return math.inf if time_ns >= FOREVER else time_ns / NANOSECONDS

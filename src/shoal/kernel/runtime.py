@@ -1,0 +1,303 @@
+"""One peer: its tasks, mailbox, handlers and requests, over an engine's `Host`."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Hashable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from shoal.base import keyed
+from shoal.base.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    Leaving,
+    PeerError,
+    ProgramError,
+    UndeclaredMessage,
+    UsageError,
+)
+from shoal.base.ids import ANY, PeerId, Tag
+from shoal.base.units import to_ns, to_s
+from shoal.kernel.host import Host
+from shoal.kernel.mailbox import Mailbox
+from shoal.kernel.peer import Batching, Cost, Envelope, Program
+from shoal.kernel.tasks import Task, TaskGroup
+from shoal.kernel.waits import ReplyWait, Wait
+from shoal.wire.message import Message, message
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+T = TypeVar("T")
+M = TypeVar("M", bound=Message)
+
+
+@message
+class Failure:
+    """What comes back instead of an answer when a handler raised or refused."""
+
+    text: str
+
+
+class Runtime:
+    """Implements `Peer`. `start` and `kill` bracket one incarnation; the store outlives them."""
+
+    def __init__(self, host: Host, peer: PeerId, roster: tuple[PeerId, ...], seed: int) -> None:
+        self.host = host
+        self.ready = host.ready
+        self.id = peer
+        self.roster = roster
+        self.round = -1
+        self.incarnation = 0
+        self.alive = False
+        self.current: Task | None = None
+        self.root: Task | None = None
+        self.tasks_alive: dict[Task, None] = {}
+        self.mailbox = Mailbox(host.limits, host.drop)
+        self.store = RuntimeStore(self)
+        self._draws = keyed.fold(0, seed, "peer", peer)
+        self._handlers: dict[type, Callable[[Any], Awaitable[Message | None]]] = {}
+        self._handling: dict[type, int] = {}
+        self._pending: dict[int, ReplyWait] = {}
+        self._requests = 0
+        self._transmit = host.transmit
+
+    # Life, driven by the engine.
+
+    def start(self, program: Program) -> None:
+        """Begin an incarnation: fresh mailbox and handlers, the store as it was left."""
+        self.incarnation += 1
+        self.alive = True
+        self.mailbox = Mailbox(self.host.limits, self.host.drop)
+        self._handlers = {}
+        self._handling = {}
+        self._pending = {}
+        self.root = self.spawn(program.run(self), None, False)
+
+    def kill(self) -> None:
+        """Crash: close every coroutine, newest first, and forget everything but the store."""
+        self.alive = False
+        for task in reversed(list(self.tasks_alive)):
+            task.kill()
+        self.tasks_alive.clear()
+        self.root = None
+
+    def leave(self) -> None:
+        """Tell the program that it should go."""
+        if self.root is not None:
+            self.root.interrupt(Leaving())
+
+    def spawn(
+        self, coroutine: Coroutine[Any, Any, Any], group: TaskGroup | None, isolated: bool
+    ) -> Task:
+        task = Task(self, coroutine, group, isolated)
+        self.tasks_alive[task] = None
+        self.ready.append((task, None, None))
+        return task
+
+    def root_finished(self, task: Task) -> None:
+        if task is self.root:
+            self.root = None
+            self.kill()
+            error = task.error
+            self.host.finished(self, None if isinstance(error, (Leaving, Cancelled)) else error)
+        elif task.error is not None and not isinstance(task.error, Cancelled):
+            self.host.failed(self, task.error)
+
+    def deliver(self, envelope: Envelope[Any]) -> None:
+        """A message arrived for this incarnation."""
+        request = envelope.request
+        if request < 0:
+            wait = self._pending.pop(-request, None)
+            if wait is None:
+                self.host.drop("late answer")
+            elif envelope.message.__class__ is Failure:
+                wait.fail(PeerError(f"peer {envelope.source}: {envelope.message.text}"))  # type: ignore[attr-defined]
+            else:
+                wait.resolve(envelope.message)
+            return
+        if self._handlers:
+            handler = self._handlers.get(envelope.message.__class__)
+            if handler is not None:
+                self._handle(handler, envelope)
+                return
+        self.mailbox.put(envelope)
+
+    def _handle(self, handler: Callable[[Any], Awaitable[Any]], envelope: Envelope[Any]) -> None:
+        kind = envelope.message.__class__
+        busy = self._handling.get(kind, 0)
+        if busy >= self.host.limits.in_flight:
+            self.host.drop("busy")
+            if envelope.request:
+                self.spawn(self._refuse(envelope), None, True)
+            return
+        self._handling[kind] = busy + 1
+        self.spawn(self._answer(handler, envelope), None, True)
+
+    async def _refuse(self, envelope: Envelope[Any]) -> None:
+        await self._reply(envelope, Failure("too many requests in flight"))  # type: ignore[arg-type]
+
+    async def _answer(self, handler: Callable[[Any], Awaitable[Any]], envelope: Envelope[Any]) -> None:
+        try:
+            answer = await handler(envelope)
+        except Exception as error:
+            if not envelope.request:
+                raise
+            answer = Failure(f"{type(error).__name__}: {error}"[:1000])
+        finally:
+            self._handling[envelope.message.__class__] -= 1
+        if envelope.request:
+            if answer is None:
+                answer = Failure("the handler gave no answer")
+            await self._reply(envelope, answer)
+
+    async def _reply(self, envelope: Envelope[Any], answer: Message) -> None:
+        wait = self._transmit(self, envelope.source, answer, -envelope.request)
+        if wait is not None:
+            await wait
+
+    # What a program sees.
+
+    @property
+    def neighbors(self) -> Sequence[PeerId]:
+        return self.host.neighbors(self)  # type: ignore[return-value]
+
+    def now(self) -> float:
+        return to_s(self.host.local_ns(self))
+
+    def uniform(self, *key: int | str) -> float:
+        return keyed.unit(keyed.fold(self._draws, *key))
+
+    def normal(self, *key: int | str) -> float:
+        return keyed.normal(self._draws, *key)
+
+    def choice(self, options: Sequence[T], *key: int | str) -> T:
+        if not options:
+            raise UsageError("choice: nothing to choose from (check for an empty list first)")
+        return options[int(self.uniform(*key) * len(options))]
+
+    def key(self, *key: int | str) -> Tensor:
+        import torch
+
+        return torch.tensor(
+            keyed.signed(keyed.fold(self._draws, *key)), dtype=torch.int64, device="cpu"
+        )
+
+    def generator(self, *key: int | str) -> torch.Generator:
+        import torch
+
+        made = torch.Generator(device="cpu")
+        made.manual_seed(keyed.fold(self._draws, *key) & ((1 << 63) - 1))
+        return made
+
+    def record(self, name: str, value: Any, **labels: str) -> None:
+        self.host.record(self, name, value, labels)
+
+    def enter_round(self, round: int) -> None:
+        self.round = round
+        self.host.enter_round(self, round)
+
+    async def send(self, to: PeerId, message: Message) -> None:
+        wait = self._transmit(self, to, message, 0)
+        if wait is not None:
+            await wait
+
+    async def flushed(self, to: PeerId) -> None:
+        wait = self.host.flush(self, to)
+        if wait is not None:
+            await wait
+
+    async def recv(
+        self, kind: type[M], *, tag: Any = ANY, source: PeerId | None = None, deadline: float
+    ) -> Envelope[M] | None:
+        envelope = self.mailbox.take(kind, tag, source)
+        if envelope is not None:
+            return envelope
+        host = self.host
+        at = to_ns(deadline)
+        if at <= host.local_ns(self):
+            return None
+        wait = self.mailbox.recv(self.ready, kind, tag, source)
+        host.set_timer(self, at, wait)
+        return await wait
+
+    async def gather(
+        self, kind: type[M], *, tag: Tag, expect: Collection[PeerId] | None = None,
+        count: int | None = None, deadline: float,
+    ) -> dict[PeerId, M]:  # fmt: skip
+        if expect is None and count is None and deadline == float("inf"):
+            raise UsageError("gather: no expect, count or deadline: it would never end (give one)")
+        wait = self.mailbox.gather(
+            self.ready, kind, tag, None if expect is None else set(expect), count
+        )
+        at = to_ns(deadline)
+        if wait.complete() or at <= self.host.local_ns(self):
+            wait.close()
+            wait.done = True
+            return wait.result()  # type: ignore[return-value]
+        self.host.set_timer(self, at, wait)
+        return await wait
+
+    def discard(self, kind: type[M], *, before: Tag) -> None:
+        self.mailbox.discard(kind, before)
+
+    async def request(self, to: PeerId, message: Message, *, deadline: float) -> Message:
+        at = to_ns(deadline)
+        what = f"{type(message).__name__} sent to peer {to}"
+        if at <= self.host.local_ns(self):
+            raise DeadlineExceeded(f"deadline passed before {what}")
+        self._requests += 1
+        request = self._requests
+        wait = ReplyWait(self.ready, self._pending, request, what)
+        queued = self._transmit(self, to, message, request)
+        if queued is not None:
+            await queued
+            if at <= self.host.local_ns(self):
+                raise DeadlineExceeded(f"the queue to peer {to} stayed full until the deadline")
+        self._pending[request] = wait
+        self.host.set_timer(self, at, wait)
+        return await wait
+
+    def serve(
+        self, kind: type[M], handler: Callable[[Envelope[M]], Awaitable[Message | None]]
+    ) -> None:
+        if not (isinstance(kind, type) and issubclass(kind, Message)):
+            raise UndeclaredMessage(f"serve: {kind!r} is no message (declare it with @message)")
+        self._handlers[kind] = handler
+        waiting = self.mailbox.take(kind, ANY, None)
+        while waiting is not None:
+            self._handle(handler, waiting)
+            waiting = self.mailbox.take(kind, ANY, None)
+
+    async def sleep_until(self, time_s: float) -> None:
+        at = to_ns(time_s)
+        if at > self.host.local_ns(self):
+            wait = Wait(self.ready)
+            self.host.set_timer(self, at, wait)
+            await wait
+
+    async def compute(
+        self, function: Callable[..., T], *args: Any, static: tuple[Hashable, ...] = (),
+        cost: Cost | None = None, batch: Batching = "leading",
+    ) -> T:  # fmt: skip
+        return await self.host.compute(self, function, args, static, cost, batch)
+
+    def tasks(self) -> TaskGroup:
+        if not self.alive:
+            raise ProgramError("tasks() of a peer that crashed")
+        return TaskGroup(self)
+
+
+class RuntimeStore:
+    """A peer's durable store, kept by the engine."""
+
+    __slots__ = ("_runtime",)
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+
+    def get(self, key: str) -> Any:
+        return self._runtime.host.stored(self._runtime, key)
+
+    async def commit(self, items: Mapping[str, Any]) -> None:
+        await self._runtime.host.commit(self._runtime, dict(items))

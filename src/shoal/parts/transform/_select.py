@@ -1,0 +1,32 @@
+"""The largest entries of a vector, with ties settled the same way everywhere."""
+
+from __future__ import annotations
+
+import torch
+
+from shoal.tensor.types import Index, Vector
+
+
+def kept_count(fraction: float, count: int) -> int:
+    """How many of `count` entries a fraction keeps: max(1, round(fraction * count))."""
+    return min(count, max(1, round(fraction * count)))
+
+
+def largest(x: Vector, keep: int) -> Index:
+    """Positions [..., keep], ascending, of the `keep` largest magnitudes of x [..., n].
+
+    Of equal magnitudes the lower position is kept; entries that are not numbers count as infinite.
+
+    >>> largest(torch.tensor([1., -2., 2., 2.]), 2)
+    tensor([1, 2])
+    """
+    if keep == x.shape[-1]:
+        return torch.arange(keep, device=x.device).expand(x.shape)
+    size = x.abs().nan_to_num(nan=torch.inf, posinf=torch.inf)
+    threshold = size.topk(keep, sorted=False).values.amin(-1, keepdim=True)
+    mask = size > threshold
+    # Only the k-th value is the same on every device, not which of its ties `topk` returns.
+    level = size == threshold
+    missing = keep - mask.sum(-1, keepdim=True)
+    mask |= level & (level.cumsum(-1, dtype=torch.int32) <= missing)
+    return mask.nonzero()[:, -1].view(*x.shape[:-1], keep)

@@ -1,0 +1,251 @@
+"""Messages as bytes: a fixed prefix, a msgpack header, raw segments. No pickle, no code.
+
+    prefix    32 bytes: magic "Sh", version, flags, kind code, request, header length,
+              number of segments, body length
+    header    msgpack array of the message's fields; a tensor stands there as its type and shape
+    segments  raw little-endian tensor bytes and packed payloads
+
+Header and segments start at multiples of 8, so that a received tensor is a view, not a copy.
+Everything a frame claims is checked against the limits and against its own length before any
+memory is taken for it.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+import threading
+from typing import Any
+
+import msgspec
+import torch
+from torch import Tensor
+
+from shoal.base.errors import DecodeError, MessageTooLarge, UndeclaredMessage
+from shoal.base.limits import DEFAULT, Limits
+from shoal.wire.message import Message, Packed, kind_of
+
+Buffer = bytes | bytearray | memoryview
+
+PREFIX = struct.Struct("<2sBBIqIIQ")
+MAGIC = b"Sh"
+VERSION = 1
+_TENSOR = 1
+_SEGMENT = 2
+_PLACE = struct.Struct("<IQ")
+_DTYPES = (
+    torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.int32,
+    torch.int16, torch.int8, torch.uint8, torch.bool, torch.complex64, torch.complex128,
+)
+_DTYPE_CODES = {dtype: code for code, dtype in enumerate(_DTYPES)}
+_MOST_DIMS = 8
+
+_local = threading.local()
+
+
+def _pad(length: int) -> int:
+    return (length + 7) & ~7
+
+
+def _hook(value: Any) -> msgspec.msgpack.Ext:
+    parts: list[Any] = _local.parts
+    index = len(parts)
+    if isinstance(value, Tensor):
+        code = _DTYPE_CODES.get(value.dtype)
+        if code is None:
+            raise UndeclaredMessage(f"a tensor of {value.dtype} cannot be sent (convert it)")
+        if value.dim() > _MOST_DIMS:
+            raise UndeclaredMessage(f"a tensor of {value.dim()} axes cannot be sent; at most 8")
+        length = value.numel() * value.element_size()
+        parts.append((value, length))
+        shape = struct.pack(f"<{value.dim()}Q", *value.shape)
+        return msgspec.msgpack.Ext(_TENSOR, _PLACE.pack(index, length) + bytes((code,)) + shape)
+    if isinstance(value, Packed):
+        length = value.byte_count()
+        parts.append((value, length))
+        return msgspec.msgpack.Ext(_SEGMENT, _PLACE.pack(index, length))
+    raise UndeclaredMessage(
+        f"{type(value).__name__} cannot be sent; fields are int, float, bool, str, bytes, Tensor, "
+        "Packed, tuple, dict or messages"
+    )
+
+
+_encoder = msgspec.msgpack.Encoder(enc_hook=_hook)
+_encode_plain = _encoder.encode
+
+
+def size_of(message: Message) -> int:
+    """Bytes of the message's frame, without packing its segments."""
+    if message.plain:
+        return 32 + ((len(_encode_plain(message)) + 7) & ~7)
+    if not isinstance(message, Message):
+        raise UndeclaredMessage(f"{type(message).__name__} is no message (declare it with @message)")
+    _local.parts = parts = []
+    total = PREFIX.size + _pad(len(_encoder.encode(message)))
+    for _, length in parts:
+        total += (length + 7) & ~7
+    return total
+
+
+def _raw(part: Any) -> Buffer:
+    if not isinstance(part, Tensor):
+        return part.pack()
+    flat = part.detach().cpu().contiguous().reshape(-1)
+    if flat.numel() == 0:
+        return b""
+    return memoryview(flat.view(torch.uint8).numpy())
+
+
+def encode(message: Message, request: int = 0) -> list[Buffer]:
+    """The frame as buffers for a gathering write; tensor segments are not copied.
+
+    Tensors stay borrowed until the bytes are written: do not change them in place before that.
+    """
+    if not isinstance(message, Message):
+        raise UndeclaredMessage(f"{type(message).__name__} is no message (declare it with @message)")
+    _local.parts = parts = []
+    header = _encoder.encode(message)
+    body: list[Buffer] = []
+    body_bytes = 0
+    for part, length in parts:
+        raw = _raw(part)
+        if len(raw) != length:
+            raise UndeclaredMessage(
+                f"{type(part).__name__} announced {length} bytes and packed {len(raw)}"
+            )
+        body.append(raw)
+        body_bytes += length
+        if gap := _pad(length) - length:
+            body.append(b"\0" * gap)
+            body_bytes += gap
+    gap = _pad(len(header)) - len(header)
+    prefix = PREFIX.pack(
+        MAGIC, VERSION, 0, message.code, request, len(header), len(parts), body_bytes
+    )
+    return [prefix + header + b"\0" * gap, *body]
+
+
+class Prefix(msgspec.Struct, frozen=True):
+    """What the first 32 bytes of a frame say."""
+
+    code: int
+    request: int
+    header_bytes: int
+    segments: int
+    body_bytes: int
+
+    @property
+    def rest_bytes(self) -> int:
+        """How many bytes follow the prefix."""
+        return _pad(self.header_bytes) + self.body_bytes
+
+
+def read_prefix(data: Buffer, limits: Limits = DEFAULT) -> Prefix:
+    """Check and read the first 32 bytes of a frame."""
+    if len(data) < PREFIX.size:
+        raise DecodeError(f"frame: {len(data)} bytes; a prefix has {PREFIX.size}")
+    magic, version, flags, code, request, header, segments, body = PREFIX.unpack_from(data)
+    if magic != MAGIC:
+        raise DecodeError(f"frame: starts with {magic!r}, not {MAGIC!r}: no Shoal peer")
+    if version != VERSION or flags:
+        raise DecodeError(f"frame: version {version} flags {flags}; this build reads version 1")
+    if header > limits.header_bytes:
+        raise MessageTooLarge(f"frame: header of {header} bytes; limit {limits.header_bytes}")
+    if PREFIX.size + header + body > limits.frame_bytes:
+        raise MessageTooLarge(f"frame: {header + body} bytes; limit {limits.frame_bytes}")
+    return Prefix(code, request, header, segments, body)
+
+
+def decode(data: Buffer, limits: Limits = DEFAULT) -> tuple[Message, int]:
+    """A whole frame to (message, request); tensors are views of `data`.
+
+    Raises DecodeError for anything malformed, and for kinds that this process does not declare.
+    """
+    prefix = read_prefix(data, limits)
+    if len(data) != PREFIX.size + prefix.rest_bytes:
+        raise DecodeError(
+            f"frame: {len(data)} bytes; its prefix says {PREFIX.size + prefix.rest_bytes}"
+        )
+    kind = kind_of(prefix.code)
+    if kind is None:
+        raise DecodeError(f"frame: kind {prefix.code:#010x} is not declared here (import it)")
+    view = memoryview(data)
+    start = PREFIX.size + _pad(prefix.header_bytes)
+    _local.body = _Body(view[start:], prefix.segments)
+    try:
+        message = _decoder(kind).decode(view[PREFIX.size : PREFIX.size + prefix.header_bytes])
+        _local.body.finish()
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, OverflowError) as error:
+        raise DecodeError(f"frame: {kind.__name__}: {error}") from None
+    finally:
+        _local.body = None
+    return message, prefix.request
+
+
+class _Body:
+    """Hands out segments in order; each exactly once, as announced."""
+
+    def __init__(self, view: memoryview, segments: int) -> None:
+        self._view = view
+        self._segments = segments
+        self._next = 0
+        self._offset = 0
+
+    def take(self, index: int, length: int) -> memoryview:
+        if index != self._next or index >= self._segments:
+            raise DecodeError(f"frame: segment {index} out of order")
+        end = self._offset + length
+        if end > len(self._view):
+            raise DecodeError(f"frame: segment {index} of {length} bytes runs over the end")
+        piece = self._view[self._offset : end]
+        self._offset = _pad(end)
+        self._next += 1
+        return piece
+
+    def finish(self) -> None:
+        if self._next != self._segments or self._offset != len(self._view):
+            raise DecodeError("frame: segments left over")
+
+
+def _extension(code: int, data: memoryview) -> Tensor | Packed:
+    if len(data) < _PLACE.size:
+        raise DecodeError("frame: truncated segment description")
+    index, length = _PLACE.unpack_from(data)
+    if code == _SEGMENT and len(data) == _PLACE.size:
+        return Packed(_local.body.take(index, length))
+    if code != _TENSOR or len(data) < _PLACE.size + 1 or (len(data) - _PLACE.size - 1) % 8:
+        raise DecodeError(f"frame: unknown extension {code}")
+    dims = (len(data) - _PLACE.size - 1) // 8
+    if data[_PLACE.size] >= len(_DTYPES) or dims > _MOST_DIMS:
+        raise DecodeError("frame: unknown tensor type")
+    dtype = _DTYPES[data[_PLACE.size]]
+    shape = struct.unpack_from(f"<{dims}Q", data, _PLACE.size + 1)
+    if math.prod(shape) * dtype.itemsize != length or any(size > 1 << 40 for size in shape):
+        raise DecodeError(f"frame: shape {shape} does not take {length} bytes")
+    piece = _local.body.take(index, length)
+    if length == 0:
+        return torch.empty(shape, dtype=dtype, device="cpu")
+    if piece.readonly:
+        # torch has no read-only tensors; a received message is its receiver's own.
+        piece = memoryview(bytearray(piece))
+    return torch.frombuffer(piece, dtype=torch.uint8).view(dtype).reshape(shape)
+
+
+def _typed(kind: type, value: Any) -> Any:
+    if kind is Tensor and isinstance(value, Tensor):
+        return value
+    if kind is Packed and isinstance(value, Packed):
+        return value
+    raise DecodeError(f"frame: expected {kind.__name__}, got {type(value).__name__}")
+
+
+_decoders: dict[type[Message], msgspec.msgpack.Decoder[Any]] = {}
+
+
+def _decoder(kind: type[Message]) -> msgspec.msgpack.Decoder[Any]:
+    decoder = _decoders.get(kind)
+    if decoder is None:
+        decoder = _decoders[kind] = msgspec.msgpack.Decoder(
+            kind, dec_hook=_typed, ext_hook=_extension
+        )
+    return decoder
