@@ -3,37 +3,42 @@
 from __future__ import annotations
 
 import hashlib
-import struct
+import sys
+from array import array
 
-_ROW = struct.Struct("<qqqqq")
+_ROW = 5
 
 
 class TraceDigest:
     """Digest of deliveries in order: (time_ns, source, target, kind and tag, size).
 
-    Rows are packed and hashed in blocks, since hashing each row alone costs more than the row.
+    Rows are collected as numbers and hashed in blocks of little-endian 64-bit words, since hashing
+    each row alone costs more than the row. `extend` takes the five numbers of one or more rows.
     """
 
-    __slots__ = ("_hash", "_pending", "add", "rows")
+    __slots__ = ("_hash", "_pending", "extend", "rows")
 
     def __init__(self) -> None:
         self._hash = hashlib.blake2b(digest_size=16)
-        self._pending = bytearray()
+        self._pending: list[int] = []
+        self.extend = self._pending.extend
         self.rows = 0
-        pack, extend = _ROW.pack, self._pending.extend
 
-        def add(time_ns: int, source: int, target: int, key: int, size: int) -> None:
-            extend(pack(time_ns, source, target, key, size))
-
-        self.add = add
+    def add(self, time_ns: int, source: int, target: int, key: int, size: int) -> None:
+        self.extend((time_ns, source, target, key, size))
 
     def flush(self) -> None:
         """Hash what is pending; called every few thousand rows."""
-        self.rows += len(self._pending) // _ROW.size
-        self._hash.update(self._pending)
-        self._pending.clear()
+        pending = self._pending
+        self.rows += len(pending) // _ROW
+        words = array("q", pending)
+        if sys.byteorder == "big":
+            words.byteswap()
+        self._hash.update(words)
+        pending.clear()
 
     def hexdigest(self) -> str:
+        """Of all rows so far; more may follow."""
         self.flush()
         return self._hash.hexdigest()
 

@@ -16,13 +16,15 @@ def to_ns(time_s: float) -> int:
     >>> to_ns(1.5)
     1500000000
     """
-    if time_s >= 4e9:
-        return FOREVER
+    if -4e9 < time_s < 4e9:
+        return round(time_s * NANOSECONDS)
     if math.isnan(time_s):
         raise UsageError("time: nan is no time (compute the deadline from peer.now())")
-    return round(time_s * NANOSECONDS)
+    return FOREVER if time_s > 0 else -FOREVER
 
 
 def to_s(time_ns: int) -> float:
     """Nanoseconds to seconds; FOREVER becomes infinity."""
-    return math.inf if time_ns >= FOREVER else time_ns / NANOSECONDS
+    if -FOREVER < time_ns < FOREVER:
+        return time_ns / NANOSECONDS
+    return math.inf if time_ns > 0 else -math.inf

@@ -25,11 +25,14 @@ class Host(Protocol):
         ...
 
     def set_timer(self, runtime: Runtime, local_ns: int, wait: Wait) -> None:
-        """Call `wait.expire()` when the peer's clock shows `local_ns`; sets `wait.timed`."""
+        """Call `wait.expire()` when the peer's clock shows `local_ns`, unless it is done by then.
+
+        With `wait.timed` set, `timer_dropped` is called when the wait is resolved before.
+        """
         ...
 
     def timer_dropped(self) -> None:
-        """A timed wait was resolved before its time."""
+        """A wait marked `timed` was resolved before its time."""
         ...
 
     def transmit(self, runtime: Runtime, to: int, message: Message, request: int) -> Wait | None:

@@ -6,24 +6,37 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+from shoal.base.errors import UndeclaredMessage
 from shoal.base.ids import ANY
 from shoal.base.limits import Limits
-from shoal.kernel.waits import GatherWait, Ready, RecvWait
+from shoal.kernel.waits import GatherWait, Ready
+from shoal.wire.message import Message
+
+
+def require_message(kind: Any) -> None:
+    """UndeclaredMessage unless `kind` is a class that was itself declared with `@message`."""
+    # `code` in its own namespace: a bare subclass would travel under its parent's name.
+    if not (isinstance(kind, type) and issubclass(kind, Message) and kind.__dict__.get("code")):
+        name = kind.__name__ if isinstance(kind, type) else repr(kind)
+        raise UndeclaredMessage(f"{name} is no message (declare the class with @message)")
 
 
 class Mailbox:
     """Unread mail by kind and tag, and the waits that it may satisfy, oldest first."""
 
-    __slots__ = ("_closed", "_drop", "_floor", "_held_bytes", "_limit", "_mail", "_tags", "waits")
+    __slots__ = (
+        "_arrivals", "_closed", "_drop", "_floor", "_held_bytes", "_limit", "_tags", "mail", "waits",
+    )  # fmt: skip
 
     def __init__(self, limits: Limits, drop: Callable[[str], None]) -> None:
         self.waits: dict[type, list[Any]] = {}
-        self._mail: dict[type, dict[Any, deque[Any]]] = {}
+        self.mail: dict[type, dict[Any, deque[Any]]] = {}
         self._closed: dict[type, dict[Any, None]] = {}
         self._floor: dict[type, Any] = {}
         self._held_bytes: dict[int, int] = {}
         self._limit = limits.mailbox_bytes
         self._tags = limits.closed_tags
+        self._arrivals = 0
         self._drop = drop
 
     def drop(self, reason: str) -> None:
@@ -31,12 +44,13 @@ class Mailbox:
 
     def put(self, envelope: Any) -> None:
         """Hand an arrived message to the first wait that takes it, or keep it."""
+        for wait in self.waits.get(envelope.message.__class__, ()):
+            if wait.accept(envelope):
+                return
+        self._keep(envelope)
+
+    def _keep(self, envelope: Any) -> None:
         kind = envelope.message.__class__
-        waits = self.waits.get(kind)
-        if waits:
-            for wait in waits:
-                if wait.accept(envelope):
-                    return
         tag = envelope.message.tag
         closed = self._closed.get(kind)
         if closed is not None and tag in closed:
@@ -52,13 +66,14 @@ class Mailbox:
             self._drop("mailbox")
             return
         self._held_bytes[source] = held
-        by_tag = self._mail.get(kind)
+        by_tag = self.mail.get(kind)
         if by_tag is None:
-            by_tag = self._mail[kind] = {}
+            by_tag = self.mail[kind] = {}
         queue = by_tag.get(tag)
         if queue is None:
             queue = by_tag[tag] = deque()
-        queue.append(envelope)
+        self._arrivals += 1
+        queue.append((self._arrivals, envelope))
 
     def _release(self, envelope: Any) -> None:
         source = envelope.source
@@ -70,42 +85,55 @@ class Mailbox:
 
     def take(self, kind: type, tag: Any, source: int | None) -> Any | None:
         """The oldest kept message that matches, or None."""
-        by_tag = self._mail.get(kind)
+        by_tag = self.mail.get(kind)
         if not by_tag:
             return None
-        # Over all tags the oldest tag comes first: dicts keep the order of first arrival.
-        for found in list(by_tag) if tag is ANY else (tag,):
-            queue = by_tag.get(found)
-            if queue is None:
-                continue
-            for position, envelope in enumerate(queue):
-                if source is None or envelope.source == source:
-                    del queue[position]
-                    if not queue:
-                        del by_tag[found]
-                    self._release(envelope)
-                    return envelope
+        if tag is ANY:
+            tag = self._oldest(by_tag, source)
+        queue = by_tag.get(tag)
+        if queue is None:
+            return None
+        for position, (_, envelope) in enumerate(queue):
+            if source is None or envelope.source == source:
+                del queue[position]
+                if not queue:
+                    del by_tag[tag]
+                self._release(envelope)
+                return envelope
         return None
 
-    def recv(self, ready: Ready, kind: type, tag: Any, source: int | None) -> RecvWait:
-        """A registered wait for one message."""
+    @staticmethod
+    def _oldest(by_tag: dict[Any, deque[Any]], source: int | None) -> Any:
+        """The tag whose first matching message arrived first."""
+        if len(by_tag) == 1:
+            return next(iter(by_tag))
+        best, oldest = None, None
+        for tag, queue in by_tag.items():
+            for arrival, envelope in queue:
+                if source is None or envelope.source == source:
+                    if oldest is None or arrival < oldest:
+                        best, oldest = tag, arrival
+                    break
+        return best
+
+    def waiting(self, kind: type) -> list[Any]:
+        """The waits for a kind; UndeclaredMessage when it is no message class."""
         waits = self.waits.get(kind)
         if waits is None:
+            require_message(kind)
             waits = self.waits[kind] = []
-        wait = RecvWait(ready, self, waits, tag, tag is ANY, source)
-        waits.append(wait)
-        return wait
+        return waits
 
     def gather(self, ready: Ready, kind: type, tag: Any, expect: set[int] | None,
                count: int | None) -> GatherWait:  # fmt: skip
-        """A registered wait for several; already `done`-able mail is taken from the box."""
-        waits = self.waits.setdefault(kind, [])
+        """A registered wait for several; mail of the tag that is here already goes to it."""
+        waits = self.waiting(kind)
         wait = GatherWait(ready, self, kind, waits, tag, expect, count)
         waits.append(wait)
-        by_tag = self._mail.get(kind)
+        by_tag = self.mail.get(kind)
         queue = by_tag.pop(tag, None) if by_tag else None
         while queue:
-            envelope = queue.popleft()
+            _, envelope = queue.popleft()
             self._release(envelope)
             if wait.complete():
                 self._drop("closed")
@@ -119,7 +147,7 @@ class Mailbox:
         closed[tag] = None
         if len(closed) > self._tags:
             del closed[next(iter(closed))]
-        by_tag = self._mail.get(kind)
+        by_tag = self.mail.get(kind)
         if by_tag and tag in by_tag:
             self._forget(by_tag, tag)
 
@@ -128,7 +156,7 @@ class Mailbox:
         floor = self._floor.get(kind)
         if floor is None or before > floor:
             self._floor[kind] = before
-            by_tag = self._mail.get(kind, {})
+            by_tag = self.mail.get(kind, {})
             for tag in [tag for tag in by_tag if tag < before]:
                 self._forget(by_tag, tag)
             closed = self._closed.get(kind, {})
@@ -136,6 +164,6 @@ class Mailbox:
                 del closed[tag]
 
     def _forget(self, by_tag: dict[Any, deque[Any]], tag: Any) -> None:
-        for envelope in by_tag.pop(tag):
+        for _, envelope in by_tag.pop(tag):
             self._release(envelope)
             self._drop("closed")

@@ -6,6 +6,8 @@ from collections.abc import Awaitable, Callable, Collection, Hashable, Mapping, 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar
 
+import msgspec
+
 from shoal.base.ids import PeerId, Tag
 from shoal.wire.message import Message
 
@@ -30,22 +32,19 @@ class Cost:
     seconds: float = 0.0
 
 
-class Envelope(Generic[M]):
-    """A message with its sender. `size_bytes` is the frame's exact size."""
+class Envelope(msgspec.Struct, Generic[M], eq=False):
+    """A message with its sender. `size_bytes` is the frame's exact size.
 
-    __slots__ = ("checked", "incarnation", "key", "message", "request", "size_bytes", "source")
+    The rest is the engines' own: request number, draw key, incarnations at sending, digest.
+    """
 
-    def __init__(
-        self, source: PeerId, message: M, size_bytes: int = 0, request: int = 0, key: int = 0,
-        incarnation: int = 0, checked: str = "",
-    ) -> None:  # fmt: skip
-        self.source = source
-        self.message = message
-        self.size_bytes = size_bytes
-        self.request = request
-        self.key = key
-        self.incarnation = incarnation
-        self.checked = checked
+    source: PeerId
+    message: M
+    size_bytes: int = 0
+    request: int = 0
+    key: int = 0
+    incarnation: int = 0
+    checked: str = ""
 
     @property
     def tag(self) -> Tag:

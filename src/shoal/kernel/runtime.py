@@ -10,18 +10,18 @@ from shoal.base.errors import (
     Cancelled,
     DeadlineExceeded,
     Leaving,
+    LimitReached,
     PeerError,
     ProgramError,
-    UndeclaredMessage,
     UsageError,
 )
 from shoal.base.ids import ANY, PeerId, Tag
-from shoal.base.units import to_ns, to_s
+from shoal.base.units import FOREVER, NANOSECONDS, to_ns, to_s
 from shoal.kernel.host import Host
-from shoal.kernel.mailbox import Mailbox
+from shoal.kernel.mailbox import Mailbox, require_message
 from shoal.kernel.peer import Batching, Cost, Envelope, Program
 from shoal.kernel.tasks import Task, TaskGroup
-from shoal.kernel.waits import ReplyWait, Wait
+from shoal.kernel.waits import RecvWait, ReplyWait, Wait
 from shoal.wire.message import Message, message
 
 if TYPE_CHECKING:
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 M = TypeVar("M", bound=Message)
+
+# A task that finds this many deadlines past at one moment is not waiting but spinning.
+_SPINS = 100_000
 
 
 @message
@@ -58,8 +61,10 @@ class Runtime:
         self._draws = keyed.fold(0, seed, "peer", peer)
         self._handlers: dict[type, Callable[[Any], Awaitable[Message | None]]] = {}
         self._handling: dict[type, int] = {}
-        self._pending: dict[int, ReplyWait] = {}
+        self._pending: dict[tuple[int, int], ReplyWait] = {}
         self._requests = 0
+        self._spins = 0
+        self._spins_ns = -1
         self._transmit = host.transmit
 
     # Life, driven by the engine.
@@ -72,11 +77,16 @@ class Runtime:
         self._handlers = {}
         self._handling = {}
         self._pending = {}
+        self._transmit = self.host.transmit
         self.root = self.spawn(program.run(self), None, False)
 
     def kill(self) -> None:
-        """Crash: close every coroutine, newest first, and forget everything but the store."""
+        """Crash: close every coroutine, newest first, and forget everything but the store.
+
+        What a closing coroutine still asks for in a `finally` has no effect and no answer.
+        """
         self.alive = False
+        self._transmit = _unheard
         for task in reversed(list(self.tasks_alive)):
             task.kill()
         self.tasks_alive.clear()
@@ -95,6 +105,22 @@ class Runtime:
         self.ready.append((task, None, None))
         return task
 
+    def _gone(self) -> Wait:
+        """What a dead peer waits for: nothing ever resolves it."""
+        return Wait(self.ready)
+
+    def _past(self, now_ns: int) -> None:
+        """A deadline was past when its wait began; virtual time can't pass a loop of these."""
+        if now_ns != self._spins_ns:
+            self._spins_ns = now_ns
+            self._spins = 0
+        self._spins += 1
+        if self._spins > _SPINS:
+            raise LimitReached(
+                f"{_SPINS} waits at {to_s(now_ns):.6f} s had deadlines in the past (a loop that "
+                "never waits: compute its deadline from peer.now())"
+            )
+
     def root_finished(self, task: Task) -> None:
         if task is self.root:
             self.root = None
@@ -107,21 +133,22 @@ class Runtime:
     def deliver(self, envelope: Envelope[Any]) -> None:
         """A message arrived for this incarnation."""
         request = envelope.request
-        if request < 0:
-            wait = self._pending.pop(-request, None)
+        if not (request or self._handlers):
+            self.mailbox.put(envelope)
+        elif request < 0:
+            wait = self._pending.pop((envelope.source, -request), None)
             if wait is None:
                 self.host.drop("late answer")
             elif envelope.message.__class__ is Failure:
                 wait.fail(PeerError(f"peer {envelope.source}: {envelope.message.text}"))  # type: ignore[attr-defined]
             else:
                 wait.resolve(envelope.message)
-            return
-        if self._handlers:
+        else:
             handler = self._handlers.get(envelope.message.__class__)
             if handler is not None:
                 self._handle(handler, envelope)
-                return
-        self.mailbox.put(envelope)
+            else:
+                self.mailbox.put(envelope)
 
     def _handle(self, handler: Callable[[Any], Awaitable[Any]], envelope: Envelope[Any]) -> None:
         kind = envelope.message.__class__
@@ -147,8 +174,8 @@ class Runtime:
         finally:
             self._handling[envelope.message.__class__] -= 1
         if envelope.request:
-            if answer is None:
-                answer = Failure("the handler gave no answer")
+            if not isinstance(answer, Message):
+                answer = Failure(f"the handler answered {type(answer).__name__}, no message")
             await self._reply(envelope, answer)
 
     async def _reply(self, envelope: Envelope[Any], answer: Message) -> None:
@@ -163,7 +190,7 @@ class Runtime:
         return self.host.neighbors(self)  # type: ignore[return-value]
 
     def now(self) -> float:
-        return to_s(self.host.local_ns(self))
+        return self.host.local_ns(self) / NANOSECONDS
 
     def uniform(self, *key: int | str) -> float:
         return keyed.unit(keyed.fold(self._draws, *key))
@@ -191,11 +218,15 @@ class Runtime:
         return made
 
     def record(self, name: str, value: Any, **labels: str) -> None:
-        self.host.record(self, name, value, labels)
+        if self.alive:
+            self.host.record(self, name, value, labels)
 
     def enter_round(self, round: int) -> None:
-        self.round = round
-        self.host.enter_round(self, round)
+        if not isinstance(round, int) or round < 0:
+            raise UsageError(f"enter_round: round={round!r}; need an integer >= 0")
+        if self.alive:
+            self.round = round
+            self.host.enter_round(self, round)
 
     async def send(self, to: PeerId, message: Message) -> None:
         wait = self._transmit(self, to, message, 0)
@@ -203,37 +234,54 @@ class Runtime:
             await wait
 
     async def flushed(self, to: PeerId) -> None:
-        wait = self.host.flush(self, to)
+        wait = self.host.flush(self, to) if self.alive else self._gone()
         if wait is not None:
             await wait
 
     async def recv(
         self, kind: type[M], *, tag: Any = ANY, source: PeerId | None = None, deadline: float
     ) -> Envelope[M] | None:
-        envelope = self.mailbox.take(kind, tag, source)
-        if envelope is not None:
-            return envelope
-        host = self.host
+        if not self.alive:
+            await self._gone()
+        mailbox, host = self.mailbox, self.host
+        if mailbox.mail:
+            envelope = mailbox.take(kind, tag, source)
+            if envelope is not None:
+                return envelope
         at = to_ns(deadline)
-        if at <= host.local_ns(self):
+        now = host.local_ns(self)
+        if at <= now:
+            mailbox.waiting(kind)
+            self._past(now)
             return None
-        wait = self.mailbox.recv(self.ready, kind, tag, source)
-        host.set_timer(self, at, wait)
+        waits = mailbox.waits.get(kind)
+        if waits is None:
+            waits = mailbox.waiting(kind)
+        wait = RecvWait(waits, tag, source)
+        waits.append(wait)
+        if at < FOREVER:
+            host.set_timer(self, at, wait)
         return await wait
 
     async def gather(
         self, kind: type[M], *, tag: Tag, expect: Collection[PeerId] | None = None,
         count: int | None = None, deadline: float,
     ) -> dict[PeerId, M]:  # fmt: skip
-        if expect is None and count is None and deadline == float("inf"):
+        if not self.alive:
+            await self._gone()
+        at = to_ns(deadline)
+        if expect is None and count is None and at >= FOREVER:
             raise UsageError("gather: no expect, count or deadline: it would never end (give one)")
+        tag = tuple(tag)
         wait = self.mailbox.gather(
             self.ready, kind, tag, None if expect is None else set(expect), count
         )
-        at = to_ns(deadline)
-        if wait.complete() or at <= self.host.local_ns(self):
+        now = self.host.local_ns(self)
+        if wait.complete() or at <= now:
             wait.close()
             wait.done = True
+            if at <= now:
+                self._past(now)
             return wait.result()  # type: ignore[return-value]
         self.host.set_timer(self, at, wait)
         return await wait
@@ -242,27 +290,37 @@ class Runtime:
         self.mailbox.discard(kind, before)
 
     async def request(self, to: PeerId, message: Message, *, deadline: float) -> Message:
+        if not self.alive:
+            await self._gone()
         at = to_ns(deadline)
         what = f"{type(message).__name__} sent to peer {to}"
-        if at <= self.host.local_ns(self):
+        now = self.host.local_ns(self)
+        if at <= now:
+            self._past(now)
             raise DeadlineExceeded(f"deadline passed before {what}")
         self._requests += 1
-        request = self._requests
-        wait = ReplyWait(self.ready, self._pending, request, what)
-        queued = self._transmit(self, to, message, request)
-        if queued is not None:
-            await queued
-            if at <= self.host.local_ns(self):
-                raise DeadlineExceeded(f"the queue to peer {to} stayed full until the deadline")
-        self._pending[request] = wait
-        self.host.set_timer(self, at, wait)
+        # Registered before the message leaves: the answer may overtake the end of back-pressure.
+        wait = ReplyWait(self.ready, self._pending, (to, self._requests), what)
+        try:
+            queued = self._transmit(self, to, message, self._requests)
+            if queued is not None:
+                self.host.set_timer(self, at, queued)
+                await queued
+                if not wait.done and at <= self.host.local_ns(self):
+                    raise wait.late()
+        except BaseException:
+            wait.abandon()
+            raise
+        if not wait.done:
+            self.host.set_timer(self, at, wait)
         return await wait
 
     def serve(
         self, kind: type[M], handler: Callable[[Envelope[M]], Awaitable[Message | None]]
     ) -> None:
-        if not (isinstance(kind, type) and issubclass(kind, Message)):
-            raise UndeclaredMessage(f"serve: {kind!r} is no message (declare it with @message)")
+        require_message(kind)
+        if not self.alive:
+            return
         self._handlers[kind] = handler
         waiting = self.mailbox.take(kind, ANY, None)
         while waiting is not None:
@@ -270,22 +328,32 @@ class Runtime:
             waiting = self.mailbox.take(kind, ANY, None)
 
     async def sleep_until(self, time_s: float) -> None:
+        if not self.alive:
+            await self._gone()
         at = to_ns(time_s)
-        if at > self.host.local_ns(self):
-            wait = Wait(self.ready)
-            self.host.set_timer(self, at, wait)
-            await wait
+        now = self.host.local_ns(self)
+        if at <= now:
+            self._past(now)
+            return
+        wait = Wait(self.ready)
+        self.host.set_timer(self, at, wait)
+        await wait
 
     async def compute(
         self, function: Callable[..., T], *args: Any, static: tuple[Hashable, ...] = (),
         cost: Cost | None = None, batch: Batching = "leading",
     ) -> T:  # fmt: skip
+        if not self.alive:
+            await self._gone()
         return await self.host.compute(self, function, args, static, cost, batch)
 
     def tasks(self) -> TaskGroup:
-        if not self.alive:
-            raise ProgramError("tasks() of a peer that crashed")
         return TaskGroup(self)
+
+
+def _unheard(runtime: Runtime, to: int, message: Message, request: int) -> Wait:
+    """The `transmit` of a peer that is gone."""
+    return Wait(runtime.ready)
 
 
 class RuntimeStore:
@@ -300,4 +368,7 @@ class RuntimeStore:
         return self._runtime.host.stored(self._runtime, key)
 
     async def commit(self, items: Mapping[str, Any]) -> None:
-        await self._runtime.host.commit(self._runtime, dict(items))
+        runtime = self._runtime
+        if not runtime.alive:
+            await Wait(runtime.ready)
+        await runtime.host.commit(runtime, dict(items))

@@ -6,18 +6,30 @@ from collections.abc import Coroutine
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from shoal.base.errors import Cancelled, ProgramError
+from shoal.base.errors import Cancelled, Leaving, ProgramError
 from shoal.kernel.waits import Ready, Wait
 
 if TYPE_CHECKING:
     from shoal.kernel.runtime import Runtime
 
+_CLOSINGS = 16
+
+
+class Stop(Cancelled):
+    """What a group throws into its own body when a child failed; void once the group has ended.
+
+    The body may be on its way out already when the notice is queued. A notice that outlived its
+    group would cancel whatever the task does next.
+    """
+
+    void = False
+
 
 class Task:
     """A coroutine of one peer. It is either parked on a wait, in the ready queue, or done."""
 
-    __slots__ = ("coroutine", "done", "error", "group", "isolated", "joins", "runtime", "value",
-                 "wait")  # fmt: skip
+    __slots__ = ("cancelled", "coroutine", "done", "error", "group", "isolated", "joins",
+                 "runtime", "value", "wait")  # fmt: skip
 
     def __init__(self, runtime: Runtime, coroutine: Coroutine[Any, Any, Any],
                  group: TaskGroup | None, isolated: bool) -> None:  # fmt: skip
@@ -25,6 +37,7 @@ class Task:
         self.coroutine = coroutine
         self.group = group
         self.isolated = isolated
+        self.cancelled = False
         self.done = False
         self.wait: Wait | None = None
         self.value: Any = None
@@ -38,6 +51,12 @@ class Task:
                 self.wait.abandon()
                 self.wait = None
             self.runtime.ready.append((self, None, error))
+
+    def cancel(self) -> None:
+        """Throw `Cancelled` once: a second notice would cut the task's cleaning up short."""
+        if not self.cancelled:
+            self.cancelled = True
+            self.interrupt(Cancelled())
 
     def finish(self, value: Any, error: BaseException | None) -> None:
         self.done = True
@@ -61,12 +80,19 @@ class Task:
         if self.wait is not None:
             self.wait.abandon()
             self.wait = None
-        try:
-            self.coroutine.close()
-        except (RuntimeError, ProgramError):
-            # It awaited while being closed: there is no peer any more that could wait.
-            self.runtime.host.drop("awaited in a crash")
         self.joins.clear()
+        for _ in range(_CLOSINGS):
+            try:
+                self.coroutine.close()
+            except RuntimeError:
+                # It awaited while being closed: nobody will answer, so it is closed there too.
+                self.runtime.host.drop("awaited in a crash")
+            except (Exception, Cancelled, Leaving):
+                # A machine that stops runs no clean-up at all, so its failure means nothing.
+                self.runtime.host.drop("raised in a crash")
+                return
+            else:
+                return
 
 
 class TaskHandle:
@@ -82,16 +108,19 @@ class TaskHandle:
         return self._task.done
 
     def cancel(self) -> None:
-        """Ask the task to stop: `Cancelled` is thrown at its await."""
-        self._task.interrupt(Cancelled())
+        """Ask the task to stop: `Cancelled` is thrown at its await, once."""
+        self._task.cancel()
 
     def result(self) -> Any:
-        """What the task returned; raises its error, or ProgramError while it still runs."""
-        if not self._task.done:
+        """What the task returned, None if it was cancelled; raises its error, or ProgramError
+        while it still runs."""
+        task = self._task
+        if not task.done:
             raise ProgramError("result() of a task that still runs (await join() first)")
-        if self._task.error is not None:
-            raise self._task.error
-        return self._task.value
+        # Raised here, `Cancelled` would cancel whoever asks.
+        if task.error is not None and not isinstance(task.error, Cancelled):
+            raise task.error
+        return task.value
 
     async def join(self) -> Any:
         """Wait for the task to end, then `result()`."""
@@ -108,7 +137,8 @@ class TaskGroup:
     is kept in its handle.
     """
 
-    __slots__ = ("_children", "_error", "_exit", "_inside", "_parent", "_runtime", "_stopping")
+    __slots__ = ("_children", "_error", "_exit", "_inside", "_parent", "_runtime", "_stop",
+                 "_stopping")  # fmt: skip
 
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
@@ -116,21 +146,29 @@ class TaskGroup:
         self._parent: Task | None = None
         self._inside = False
         self._stopping = False
+        self._stop: Stop | None = None
         self._error: BaseException | None = None
         self._exit: Wait | None = None
 
     async def __aenter__(self) -> TaskGroup:
+        if not self._runtime.alive:
+            await Wait(self._runtime.ready)
         self._parent = self._runtime.current
         self._inside = True
         return self
 
     def start(self, coroutine: Coroutine[Any, Any, Any], isolate: bool = False) -> TaskHandle:
-        """Run a coroutine beside the body; it takes its first step at the body's next await."""
-        if not self._inside:
+        """Run a coroutine beside the body; it takes its first step at the body's next await.
+
+        In a group that is being cancelled it gets its first step and is then cancelled as well.
+        """
+        if not (self._inside and self._runtime.alive):
             coroutine.close()
             raise ProgramError("start() outside of `async with peer.tasks()` (enter the group)")
         task = self._runtime.spawn(coroutine, self, isolate)
         self._children[task] = None
+        if self._stopping:
+            task.cancel()
         return TaskHandle(task)
 
     def child_finished(self, task: Task) -> None:
@@ -140,44 +178,49 @@ class TaskGroup:
             if self._error is None:
                 self._error = error
                 self._cancel_children()
-                if self._inside and self._exit is None and self._parent is not None:
-                    self._stopping = True
-                    self._parent.interrupt(Cancelled())
+                if self._exit is None and self._parent is not None:
+                    self._stop = Stop()
+                    self._parent.interrupt(self._stop)
             else:
                 self._error.add_note(f"a sibling failed too: {error!r}")
         if not self._children and self._exit is not None:
             self._exit.resolve(None)
 
     def _cancel_children(self) -> None:
+        self._stopping = True
         for child in list(self._children):
-            child.interrupt(Cancelled())
+            child.cancel()
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None,
         trace: TracebackType | None,
     ) -> bool:  # fmt: skip
+        if isinstance(error, GeneratorExit):
+            return False
+        body = error
         if error is not None:
-            if isinstance(error, GeneratorExit):
-                return False
             self._cancel_children()
         while self._children:
             self._exit = Wait(self._runtime.ready)
             try:
                 await self._exit
-            except BaseException as interrupted:
-                # Cancelled (or told to leave) while waiting: pass it on to the children once.
-                if isinstance(interrupted, GeneratorExit):
-                    raise
-                if error is None and self._error is None:
-                    error = interrupted
-                    self._cancel_children()
-                    if self._children:
-                        continue
-                    raise
+            except GeneratorExit:
+                raise
+            except BaseException as told:
+                # Told to stop while waiting: pass it on, and still leave no child behind.
+                if error is None or error is self._stop:
+                    error = told
+                self._cancel_children()
         self._inside = False
-        if self._error is not None and (error is None or self._stopping):
-            raise self._error
-        if error is not None and error is not kind and kind is None:
+        if self._stop is not None:
+            self._stop.void = True
+        if error is self._stop:
+            error = None
+        if self._error is not None:
+            if error is None or isinstance(error, (Cancelled, Leaving)):
+                raise self._error
+            error.add_note(f"a child failed too: {self._error!r}")
+        if error is not None and error is not body:
             raise error
         return False
 
@@ -195,6 +238,8 @@ def drain(ready: Ready) -> None:
             if error is None:
                 wait = task.coroutine.send(value)
             else:
+                if error.__class__ is Stop and error.void:
+                    continue
                 if task.wait is not None:
                     task.wait.abandon()
                 wait = task.coroutine.throw(error)
@@ -207,5 +252,19 @@ def drain(ready: Ready) -> None:
             task.wait = None
             task.finish(None, failure)
         else:
-            wait.task = task
-            task.wait = wait
+            try:
+                wait.task = task
+                task.wait = wait
+                if wait.done:
+                    # Resolved before the task came to wait for it.
+                    ready.append((task, *wait.early))
+            except AttributeError:
+                task.wait = None
+                ready.append((task, None, _foreign(wait)))
+
+
+def _foreign(awaited: Any) -> ProgramError:
+    return ProgramError(
+        f"a program awaited {type(awaited).__name__}, which is no effect of its peer (use "
+        "peer.sleep_until, recv, compute ...; asyncio and other loops do not run here)"
+    )

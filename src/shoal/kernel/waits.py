@@ -12,6 +12,7 @@ from collections.abc import Generator
 from typing import TYPE_CHECKING, Any
 
 from shoal.base.errors import DeadlineExceeded
+from shoal.base.ids import ANY
 
 if TYPE_CHECKING:
     from shoal.kernel.mailbox import Mailbox
@@ -21,12 +22,15 @@ Ready = deque[tuple["Task", Any, BaseException | None]]
 
 
 class Wait:
-    """Something that a task waits for. Subclasses say what the deadline means."""
+    """Something that a task waits for. Subclasses say what the deadline means.
 
-    __slots__ = ("done", "ready", "task", "timed")
+    A wait may be resolved before a task waits for it; awaiting it then returns at once.
+    """
+
+    __slots__ = ("done", "early", "task", "timed")
 
     def __init__(self, ready: Ready) -> None:
-        self.ready = ready
+        # A task brings its own queue; `ready` says whose queue it will be.
         self.done = False
         self.timed = False
         self.task: Task | None = None
@@ -38,17 +42,22 @@ class Wait:
         """Wake the task with a value, once."""
         if not self.done:
             self.done = True
-            if self.timed:
-                self.task.runtime.host.timer_dropped()  # type: ignore[union-attr]
-            self.ready.append((self.task, value, None))  # type: ignore[arg-type]
+            self._wake(value, None)
 
     def fail(self, error: BaseException) -> None:
         """Wake the task with an exception, once."""
         if not self.done:
             self.done = True
-            if self.timed:
-                self.task.runtime.host.timer_dropped()  # type: ignore[union-attr]
-            self.ready.append((self.task, None, error))  # type: ignore[arg-type]
+            self._wake(None, error)
+
+    def _wake(self, value: Any, error: BaseException | None) -> None:
+        task = self.task
+        if task is None:
+            self.early = (value, error)
+            return
+        if self.timed:
+            task.runtime.host.timer_dropped()
+        task.runtime.ready.append((task, value, error))
 
     def expire(self) -> None:
         """The deadline came. The timer is gone from the heap already."""
@@ -60,33 +69,36 @@ class Wait:
         """The task stopped waiting (cancelled, crashed)."""
         if not self.done:
             self.done = True
-            if self.timed:
-                self.task.runtime.host.timer_dropped()  # type: ignore[union-attr]
+            if self.timed and self.task is not None:
+                self.task.runtime.host.timer_dropped()
 
 
 class RecvWait(Wait):
     """One message of a kind; None at the deadline."""
 
-    __slots__ = ("any_tag", "mailbox", "source", "tag", "waits")
+    __slots__ = ("source", "tag", "waits")
 
-    def __init__(self, ready: Ready, mailbox: Mailbox, waits: list[Any], tag: Any,
-                 any_tag: bool, source: int | None) -> None:  # fmt: skip
-        self.ready = ready
+    def __init__(self, waits: list[Any], tag: Any, source: int | None) -> None:
         self.done = False
         self.timed = False
         self.task = None
-        self.mailbox = mailbox
         self.waits = waits
         self.tag = tag
-        self.any_tag = any_tag
         self.source = source
 
     def accept(self, envelope: Any) -> bool:
-        if (self.any_tag or envelope.message.tag == self.tag) and (
-            self.source is None or envelope.source == self.source
+        tag, source = self.tag, self.source
+        if (tag is ANY or envelope.message.tag == tag) and (
+            source is None or envelope.source == source
         ):
             self.waits.remove(self)
-            self.resolve(envelope)
+            self.done = True
+            # As `_wake`, without the call: every message comes this way.
+            task = self.task
+            if task is None or self.timed:
+                self._wake(envelope, None)
+            else:
+                task.runtime.ready.append((task, envelope, None))
             return True
         return False
 
@@ -103,7 +115,10 @@ class RecvWait(Wait):
 
 
 class GatherWait(Wait):
-    """One message from each of several senders; what came by the deadline."""
+    """One message from each of several senders; what came by the deadline.
+
+    A gather that is cancelled takes what it already has with it.
+    """
 
     __slots__ = ("count", "expect", "found", "kind", "mailbox", "tag", "waits")
 
@@ -162,23 +177,32 @@ class GatherWait(Wait):
 
 
 class ReplyWait(Wait):
-    """The answer to a request; DeadlineExceeded at the deadline."""
+    """The answer to a request; DeadlineExceeded at the deadline.
 
-    __slots__ = ("pending", "request", "what")
+    `key` is (peer asked, number): an answer from anybody else is not an answer.
+    """
 
-    def __init__(self, ready: Ready, pending: dict[int, Any], request: int, what: str) -> None:
+    __slots__ = ("key", "pending", "what")
+
+    def __init__(
+        self, ready: Ready, pending: dict[tuple[int, int], Any], key: tuple[int, int], what: str
+    ) -> None:
         super().__init__(ready)
         self.pending = pending
-        self.request = request
+        self.key = key
         self.what = what
+        pending[key] = self
+
+    def late(self) -> DeadlineExceeded:
+        return DeadlineExceeded(f"no answer to {self.what} before its deadline")
 
     def expire(self) -> None:
         if not self.done:
             self.timed = False
-            self.pending.pop(self.request, None)
-            self.fail(DeadlineExceeded(f"no answer to {self.what} before its deadline"))
+            self.pending.pop(self.key, None)
+            self.fail(self.late())
 
     def abandon(self) -> None:
         if not self.done:
-            self.pending.pop(self.request, None)
+            self.pending.pop(self.key, None)
             Wait.abandon(self)

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from shoal.base.errors import UsageError
-from shoal.lab.faults import FaultSetting
 from shoal.lab.scenario import ROLES, Part, Scenario
 from shoal.lab.values import Unfit, Where, fit, near, refuse
+from shoal.world.faults import Fault
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Pieces:
     byzantine: tuple[int, ...]
     links: Any
     device: Any
-    faults: tuple[FaultSetting, ...]
+    faults: tuple[Fault, ...]
 
 
 def build(scenario: Scenario) -> Pieces:
@@ -52,7 +52,8 @@ def build(scenario: Scenario) -> Pieces:
         made[field] = value
         if field == "topology" and value is not None:
             around["topology"] = value
-    return Pieces(**made, byzantine=byzantine, faults=scenario.explicit_faults())
+    faults = tuple(fault.explicit() for fault in scenario.explicit_faults())
+    return Pieces(**made, byzantine=byzantine, faults=faults)
 
 
 def make(field: str, part: Part, around: Mapping[str, Any], where: Where | None = None) -> Any:

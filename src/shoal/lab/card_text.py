@@ -92,8 +92,10 @@ def read_card(text: str, file: str, family: str, root: Path) -> CardText | None:
 
 def _assigned(tree: ast.Module, name: str) -> ast.expr | None:
     for node in tree.body:
-        targets = node.targets if isinstance(node, ast.Assign) else (
-            [node.target] if isinstance(node, ast.AnnAssign) else []
+        targets = (
+            node.targets
+            if isinstance(node, ast.Assign)
+            else ([node.target] if isinstance(node, ast.AnnAssign) else [])
         )
         if any(isinstance(target, ast.Name) and target.id == name for target in targets):
             return node.value  # type: ignore[union-attr]

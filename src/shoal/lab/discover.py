@@ -1,6 +1,6 @@
 """Finding systems: a walk over `systems/<family>/*.py`, by source text or by import.
 
-`names`, `find` and `cards` parse the files, so that `shoal list` needs no torch; `load` imports one.
+`names`, `find` and `cards` parse the files, so that `shoal list` needs no torch; `load` imports.
 Further folders of the same shape may be named in the environment variable SHOAL_SYSTEMS (separated
 like PATH): a user's own systems, enrolled without touching the package.
 """
@@ -112,7 +112,7 @@ def _module(file: Path, family: str, root: Path) -> ModuleType:
         return importlib.import_module(f"shoal.systems.{family}.{file.stem}")
     # Outside the package a module gets a name made of its place, so that it is imported once and
     # two folders may hold families of one name.
-    name = f"shoal_systems_{abs(_stable(root))}.{family}.{file.stem}".replace("-", "_")
+    name = f"shoal_systems_{_stable(root)}_{family}_{file.stem}"
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, file)

@@ -1,42 +1,35 @@
-"""Faults as data: who, what, from when until when; the form in which files and reports keep them.
+"""Faults as people write them: kind, whom it meets, from when until when.
 
-The engines' own fault classes are in `shoal.world.faults`; `launch` makes them of these.
+`shoal.world.faults` holds the explicit faults that engines take, with ids. A `FaultSetting` may say
+"a third of the peers" if it likes; `resolved` draws the ids, `explicit` makes the engines' fault.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass, fields, replace
+from typing import Any, get_type_hints
 
 from shoal.base import keyed
 from shoal.base.errors import UsageError
 from shoal.lab.values import Path, Unfit, Where, fit, freeze, near, refuse, thaw
+from shoal.world.faults import KINDS, Fault, Moment, Round
+
+# Keys of every fault's table; a kind's own settings are the further fields of its class.
+_COMMON: Mapping[str, Any] = {
+    "who": tuple[int, ...], "count": int, "fraction": float, "by": str, "spare": tuple[int, ...],
+}  # fmt: skip
 
 
-@dataclass(frozen=True, order=True)
-class Round:
-    """A moment: when the first peer enters this round (0 is the first one)."""
+def settings_of(kind: str) -> dict[str, Any]:
+    """A kind's own settings and their types."""
+    hints = get_type_hints(KINDS[kind])
+    return {f.name: hints[f.name] for f in fields(KINDS[kind]) if f.name not in _SHARED}
 
-    round: int
 
-
-Moment = float | Round
-
-# kind -> its own settings and their types.
-KINDS: Mapping[str, Mapping[str, Any]] = {
-    "crash": {"store": Literal["kept", "lost"]},
-    "join": {},
-    "leave": {"grace_s": float},
-    "partition": {"groups": tuple[tuple[int, ...], ...]},
-    "slow": {"factor": float},
-    "loss": {"probability": float},
-    "hold": {},
-    "skew": {"offset_s": float, "drift": float},
-    "corrupt": {"probability": float},
-}
-_COMMON = ("kind", "who", "count", "fraction", "by", "spare", "at", "until")
+_SHARED = ("who", "at", "until")
 
 
 @dataclass(frozen=True)
@@ -46,7 +39,7 @@ class FaultSetting:
     who: ids; count, fraction: that many peers drawn by key, `spare` excluded; by: the word of that
     draw, so that two faults with one word meet the same peers (crash some, later let them join).
     at, until: seconds since the start, or `Round(n)`; until None = for good.
-    settings: what the kind needs, see `KINDS`.
+    settings: what the kind has besides, see `shoal.world.faults`.
 
     >>> FaultSetting("crash", fraction=0.5, at=Round(3)).resolved(4, seed=1).who
     (0, 2)
@@ -69,7 +62,8 @@ class FaultSetting:
             object.__setattr__(self, "who", tuple(sorted(set(self.who))))
         problem = _problem(vars(self))
         if problem:
-            raise UsageError("fault {}: {} = {!r}; {} ({})".format(self.kind, *problem))
+            key, value, rule, repair = problem
+            raise UsageError(f"fault {self.kind}: {key} = {value!r}; {rule} ({repair})")
 
     def resolved(self, peers: int, seed: int, index: int = 0) -> FaultSetting:
         """The same fault with explicit ids, for this many peers and this seed."""
@@ -81,9 +75,6 @@ class FaultSetting:
                     f"0 to {peers - 1} (raise peers, or name another one)"
                 )
             return self
-        if self.kind == "partition" and self.count is None and self.fraction is None:
-            groups = dict(self.settings)["groups"]
-            return replace(self, who=tuple(peer for group in groups for peer in group))
         pool = [peer for peer in range(peers) if peer not in self.spare]
         count = self.count
         if count is None:
@@ -98,6 +89,12 @@ class FaultSetting:
         pool.sort(key=lambda peer: (keyed.uniform(seed, "who", word, peer), peer))
         who = tuple(sorted(pool[:count]))
         return replace(self, who=who, count=None, fraction=None, by="", spare=())
+
+    def explicit(self) -> Fault:
+        """The fault that engines take; the ids must be explicit (see `resolved`)."""
+        if self.who is None:
+            raise UsageError(f"fault {self.kind}: whom it meets is not drawn yet (call resolved)")
+        return KINDS[self.kind](who=self.who, at=self.at, until=self.until, **dict(self.settings))
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; `read_fault` is the inverse."""
@@ -118,8 +115,10 @@ class FaultSetting:
     def describe(self) -> str:
         """One line for people, such as `crash of 33% of the peers at round 30`."""
         if self.who is not None:
-            whom = f"peers {', '.join(map(str, self.who))}" if len(self.who) <= 6 else (
-                f"{len(self.who)} peers"
+            whom = (
+                f"peers {', '.join(map(str, self.who))}"
+                if len(self.who) <= 6
+                else (f"{len(self.who)} peers")
             )
         elif self.count is not None:
             whom = f"{self.count} peers"
@@ -142,30 +141,30 @@ def _problem(fault: Mapping[str, Any]) -> tuple[str, Any, str, str] | None:
     if kind not in KINDS:
         return ("kind", kind, f"need one of {', '.join(KINDS)}", near(kind, KINDS))
     given = [n for n in ("who", "count", "fraction") if fault.get(n) is not None]
-    if len(given) > 1 or (not given and "groups" not in settings):
-        return ("who", given, "need exactly one of who, count, fraction", "give one of them")
+    if len(given) != 1:
+        return ("who", given, "need exactly one of who, count, fraction", "1.0 is everybody")
     if (count := fault.get("count")) is not None and count < 0:
         return ("count", count, "need 0 or more", "count peers from 0")
     if (fraction := fault.get("fraction")) is not None and not 0.0 <= fraction <= 1.0:
         return ("fraction", fraction, "need a number from 0 to 1", "0.3 is 30%")
-    at, until = fault.get("at", 0.0), fault.get("until")
-    for name, moment in (("at", at), ("until", until)):
-        if moment is not None and not _number(moment) >= 0:
-            return (name, _number(moment), "need a time that is not negative", "0 is the start")
-    if until is not None and type(until) is type(at) and not _number(until) >= _number(at):
-        return ("until", _number(until), f"need a moment after at = {_number(at)}", "swap them")
+    if any(peer < 0 for peer in fault.get("who") or ()):
+        return ("who", fault["who"], "need ids from 0", "name other peers")
     for key, value in settings.items():
-        if key not in KINDS[kind]:
-            return (key, value, f"a {kind} has no such setting", near(key, KINDS[kind]))
-        if key == "probability" and not 0 <= value <= 1:
-            return (key, value, "need a number from 0 to 1", "0.3 is 30%")
-        if key == "factor" and not value > 0:
-            return (key, value, "need a positive number", "2 is twice as slow")
+        if key not in settings_of(kind):
+            return (key, value, f"a {kind} has no such setting", near(key, settings_of(kind)))
+    moments = {"at": fault.get("at", 0.0), "until": fault.get("until")}
+    try:
+        # The kind's own class knows its rules.
+        KINDS[kind](who=(0,), **moments, **settings)
+    except UsageError as error:
+        text = str(error).removeprefix(f"{kind}: ")
+        named = [k for k in (*settings, "until", "at") if text.startswith((f"{k}=", f"no {k}"))]
+        key = named[0] if named else "kind"
+        value = {**settings, **moments, "kind": kind}[key]
+        found = re.fullmatch(r"(?:[^;]*; )?(.*?)(?: \(([^()]*)\))?", text)
+        assert found is not None
+        return (key, value, found[1], found[2] or "change the value")
     return None
-
-
-def _number(moment: Moment) -> float:
-    return moment.round if isinstance(moment, Round) else moment
 
 
 def read_fault(data: Any, where: Where, path: Path) -> FaultSetting:
@@ -178,32 +177,28 @@ def read_fault(data: Any, where: Where, path: Path) -> FaultSetting:
     if kind not in KINDS:
         repair = near(kind, KINDS) if isinstance(kind, str) else "set kind"
         refuse(where, (*path, "kind"), kind, f"need one of {', '.join(KINDS)}", repair)
-    hints = {
-        "who": tuple[int, ...], "count": int, "fraction": float, "by": str,
-        "spare": tuple[int, ...],
-    }  # fmt: skip
-    fields: dict[str, Any] = {}
+    own = settings_of(kind)
+    values: dict[str, Any] = {}
     settings: dict[str, Any] = {}
     for key, value in data.items():
         here = (*path, key)
-        known = {**hints, **KINDS[kind]}
         if key == "kind":
             continue
         if key in ("at", "until"):
-            fields[key] = _read_moment(value, where, here)
-        elif key in known:
+            values[key] = _read_moment(value, where, here)
+        elif key in own or key in _COMMON:
             try:
-                target = settings if key in KINDS[kind] else fields
-                target[key] = fit(value, known[key])
+                hint = own[key] if key in own else _COMMON[key]
+                (settings if key in own else values)[key] = fit(value, hint)
             except Unfit as error:
                 refuse(where, here, value, str(error), "change the value")
         else:
-            repair = near(key, [*_COMMON, *KINDS[kind]])
+            repair = near(key, ["kind", "at", "until", *_COMMON, *own])
             refuse(where, here, value, f"a {kind} has no such setting", repair)
-    problem = _problem({"kind": kind, "settings": settings, **fields})
+    problem = _problem({"kind": kind, "settings": settings, **values})
     if problem:
         refuse(where, (*path, problem[0]), *problem[1:])
-    return FaultSetting(kind, **fields, settings=freeze(settings))
+    return FaultSetting(kind, **values, settings=freeze(settings))
 
 
 def _read_moment(value: Any, where: Where, path: Path) -> Moment | None:

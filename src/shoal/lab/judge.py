@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from shoal.base.errors import UsageError
-from shoal.lab.card import Claim
+from shoal.lab.card import Bound, Claim
 from shoal.lab.rows import Rows
 from shoal.lab.statistics import Interval, summarise
 
@@ -25,7 +25,8 @@ class Verdict:
     verdict: str
     measured: float
     interval: Interval | None
-    bound: str
+    low: float
+    high: float
     clear: bool
     expected: str
     statistic: str = "median"
@@ -35,14 +36,21 @@ class Verdict:
     values: tuple[tuple[int, float], ...] = ()
 
     @property
+    def bound(self) -> str:
+        """The bound in words, such as `<= 0.025`."""
+        return str(Bound(self.low, self.high))
+
+    @property
     def as_expected(self) -> bool:
         return self.verdict == self.expected
 
 
 def judge(claim: Claim, rows: Rows, budget: str = "full") -> Verdict:
     """The verdict on one claim. `rows.seeds` are the demanded seeds, present or not."""
-    what = f"{claim.metric} ({claim.take}): {claim.compare}" if claim.compare else (
-        getattr(claim.measure, "__name__", "")
+    what = (
+        f"{claim.metric} ({claim.take}): {claim.compare}"
+        if claim.compare
+        else (getattr(claim.measure, "__name__", ""))
     )
     verdict, measured, interval, clear = "out of scale", math.nan, None, False
     values: dict[int, float] = {}
@@ -56,8 +64,9 @@ def judge(claim: Claim, rows: Rows, budget: str = "full") -> Verdict:
             verdict = "holds" if good else "fails"
             clear = interval is not None and _clear(claim, interval, good)
     return Verdict(
-        claim.name, claim.statement, verdict, measured, interval, str(claim.holds), clear,
-        claim.expected, claim.statistic, what, claim.at, claim.reason, tuple(sorted(values.items())),
+        claim.name, claim.statement, verdict, measured, interval, claim.holds.low, claim.holds.high,
+        clear, claim.expected, claim.statistic, what, claim.at, claim.reason,
+        tuple(sorted(values.items())),
     )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 from shoal.base.errors import UsageError
 from shoal.lab.statistics import quantile
@@ -16,6 +17,7 @@ TOTALS = (
     "bytes_sent", "bytes_received", "messages_sent", "messages_delivered", "messages_dropped",
     "virtual_s", "wall_s", "cpu_s", "flops", "events",
 )  # fmt: skip
+MOMENTS_MAX = 240
 
 
 def total(run: Run, metric: str) -> float:
@@ -32,41 +34,85 @@ def metrics(run: Run) -> list[str]:
     return list(dict.fromkeys(row.name for row in run.rows))
 
 
+@dataclass(frozen=True)
+class Moment:
+    """The values of single peers at a moment; peers that are gone have none."""
+
+    time_s: float
+    round: int
+    values: tuple[float, ...]
+
+
+def moments(run: Run, metric: str) -> list[Moment]:
+    """A series of single peers as it stood at each moment.
+
+    With rounds: the rows of each round. Without: at each time (at most 240 of them) the last value
+    of every peer that has reported and has not crashed or left since.
+    """
+    rows = sorted((r for r in run.series(metric) if r.peer >= 0), key=lambda r: r.time_s)
+    if not rows:
+        return []
+    if all(row.round >= 0 for row in rows):
+        groups: dict[int, list[Row]] = {}
+        for row in rows:
+            groups.setdefault(row.round, []).append(row)
+        found = [(group[-1].time_s, n, _by_peer(group)) for n, group in groups.items()]
+        return [Moment(t, n, values) for t, n, values in sorted(found, key=lambda each: each[:2])]
+    times = sorted({row.time_s for row in rows})
+    if len(times) > MOMENTS_MAX:
+        step = (len(times) - 1) / (MOMENTS_MAX - 1)
+        times = [times[round(i * step)] for i in range(MOMENTS_MAX)]
+    ends = sorted(
+        (h.time_s, peer) for h in run.happenings if h.what in ("crash", "leave") for peer in h.peers
+    )
+    out, now, row_at, end_at = [], {}, 0, 0
+    for time_s in times:
+        while row_at < len(rows) and rows[row_at].time_s <= time_s:
+            while end_at < len(ends) and ends[end_at][0] < rows[row_at].time_s:
+                now.pop(ends[end_at][1], None)
+                end_at += 1
+            now[rows[row_at].peer] = rows[row_at].value
+            row_at += 1
+        while end_at < len(ends) and ends[end_at][0] < time_s:
+            now.pop(ends[end_at][1], None)
+            end_at += 1
+        if now:
+            out.append(Moment(time_s, -1, tuple(now[peer] for peer in sorted(now))))
+    return out
+
+
+def _by_peer(rows: list[Row]) -> tuple[float, ...]:
+    values = {row.peer: row.value for row in rows}
+    return tuple(values[peer] for peer in sorted(values))
+
+
 def curve(run: Run, metric: str) -> list[Row]:
     """A series over time for all peers together.
 
     Rows that were recorded for all peers (peer -1) if there are any, else the mean over the peers
-    of each moment: the round, or, without rounds, the time. Values that are not finite stay so.
+    at each moment. A mean over values that are not all finite is nan.
     """
-    rows = run.series(metric)
-    if any(row.peer == -1 for row in rows):
-        return [row for row in rows if row.peer == -1]
-    groups: dict[tuple[int, float], list[Row]] = {}
-    for row in rows:
-        key = (row.round, 0.0) if row.round >= 0 else (-1, row.time_s)
-        groups.setdefault(key, []).append(row)
-    out = []
-    for group in groups.values():
-        mean = math.fsum(r.value for r in group) / len(group) if all(
-            math.isfinite(r.value) for r in group
-        ) else math.nan
-        out.append(Row(metric, mean, max(r.time_s for r in group), group[0].round))
-    return sorted(out, key=lambda row: (row.time_s, row.round))
+    whole = [row for row in run.series(metric) if row.peer == -1]
+    if whole:
+        return sorted(whole, key=lambda row: (row.time_s, row.round))
+    return [
+        Row(metric, _mean(each.values), each.time_s, each.round) for each in moments(run, metric)
+    ]
+
+
+def _mean(values: tuple[float, ...]) -> float:
+    return math.fsum(values) / len(values) if all(map(math.isfinite, values)) else math.nan
 
 
 def spread(run: Run, metric: str) -> list[tuple[float, int, tuple[float, ...]]]:
     """(time_s, round, (5th, 25th, 50th, 75th, 95th percentile over the peers)) of each moment."""
-    groups: dict[tuple[int, float], list[Row]] = {}
-    for row in run.series(metric):
-        if row.peer >= 0 and math.isfinite(row.value):
-            key = (row.round, 0.0) if row.round >= 0 else (-1, row.time_s)
-            groups.setdefault(key, []).append(row)
     out = []
-    for group in groups.values():
-        values = [row.value for row in group]
-        marks = tuple(quantile(values, q) for q in (0.05, 0.25, 0.5, 0.75, 0.95))
-        out.append((max(row.time_s for row in group), group[0].round, marks))
-    return sorted(out)
+    for each in moments(run, metric):
+        values = [value for value in each.values if math.isfinite(value)]
+        if values:
+            marks = tuple(quantile(values, q) for q in (0.05, 0.25, 0.5, 0.75, 0.95))
+            out.append((each.time_s, each.round, marks))
+    return out
 
 
 def at_time(rows: list[Row], time_s: float) -> float:

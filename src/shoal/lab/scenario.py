@@ -117,7 +117,7 @@ class Scenario:
             refuse(_owner, *problem)
 
     def byzantine_peers(self) -> tuple[int, ...]:
-        """Who is Byzantine; a count is placed by key, so that the same seed means the same peers."""
+        """Who is Byzantine; a count is placed by key: the same seed means the same peers."""
         if not isinstance(self.byzantine, int):
             return self.byzantine
         order = sorted(
@@ -252,7 +252,7 @@ def read_part(value: Any, before: Any, role: str, where: Where, path: Path) -> A
 
 def _problem(values: Mapping[str, Any]) -> tuple[Path, Any, str, str] | None:
     """The first broken rule as (path, value, rule, repair)."""
-    peers, rounds, seconds = values["peers"], values["rounds"], values["seconds"]
+    peers, rounds = values["peers"], values["rounds"]
     if peers < 1:
         return (("peers",), peers, "need at least 1", "raise peers")
     if rounds is not None and rounds < 1:

@@ -53,7 +53,7 @@ def median_interval(values: Numbers, level: float = 0.95) -> Interval | None:
     """Distribution-free interval for a median: from the k-th smallest to the k-th largest value.
 
     Its coverage is exactly 1 - 2 P[Binomial(n, 1/2) < k] for continuous distributions; the largest
-    k that reaches `level` is taken, and k = 1 (the whole range) when none does. None below 2 values.
+    k that reaches `level` is taken, k = 1 (the whole range) when none does. None below 2 values.
     Source: David and Nagaraja, Order Statistics, 3rd edition, section 7.1.
 
     >>> median_interval([1.0, 2.0, 3.0, 4.0, 5.0]).level

@@ -24,7 +24,7 @@ class Knowledge(Enum):
 class View:
     """What an attack may look at. Leading axes `[...]` are independent worlds (seeds).
 
-    honest: [..., honest, dim] what honest peers send in this round, before encode;
+    honest: [..., honest, dim] what honest peers send in this round, as receivers will see it;
             for `Knowledge.OWN` the attacker's own row only, [..., 1, dim]
     own:    [..., byzantine, dim] what the Byzantine peers would have sent
     round:  which round

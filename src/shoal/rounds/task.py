@@ -5,7 +5,7 @@ All of it accepts leading axes: `params [dim]` on one peer, `[peers, dim]` in a 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -58,6 +58,13 @@ class Task(Protocol):
 
     def shard(self, peer: int | Index) -> Shard:
         """A peer's own data; an index `[...]` gives a stacked shard `[..., most]`."""
+        ...
+
+    def joined(self, tasks: Sequence[Task]) -> Task:
+        """One task that has the shards of all, one task after the other (seeds run together).
+
+        UsageError when they do not share models and metrics.
+        """
         ...
 
     def batch(self, shard: Shard, key: Key, size: int) -> Batch:

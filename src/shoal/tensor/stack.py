@@ -8,6 +8,9 @@ behind infinity, so such a row loses every comparison, even against a row that o
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -107,7 +110,8 @@ def masked_sort(x: Stack, rows: Mask) -> Stack:
         return x.sort(-2).values
     if count < 2 or x.numel() == 0:
         return x
-    width = max(64, _CHUNK * count // (4 * x.numel() // dim) or 1)
+    # A comparator works on three rows of this width over all leading axes.
+    width = max(64, _CHUNK * count * dim // (4 * x.numel()))
     out = torch.empty_like(x)
     for source, target in zip(x.split(width, -1), out.split(width, -1), strict=True):
         _sort_rows(source, target)
@@ -124,42 +128,50 @@ def _sort_rows(x: Stack, out: Stack) -> None:
     torch.stack(row, -2, out=out) if out.is_contiguous() else out.copy_(torch.stack(row, -2))
 
 
-_networks: dict[int, tuple[tuple[int, int], ...]] = {}
-
-
+@cache
 def _network(count: int) -> tuple[tuple[int, int], ...]:
     """Comparators of Batcher's odd-even merge sort (Knuth, volume 3, algorithm 5.2.2M)."""
-    known = _networks.get(count)
-    if known is not None:
-        return known
     pairs = []
     block = 1
     while block < count:
         step = block
         while step:
             for start in range(step % block, count - step, 2 * step):
-                for low in range(start, min(start + step, count - step)):
-                    if low // (2 * block) == (low + step) // (2 * block):
-                        pairs.append((low, low + step))
+                pairs += [
+                    (low, low + step)
+                    for low in range(start, min(start + step, count - step))
+                    if low // (2 * block) == (low + step) // (2 * block)
+                ]
             step //= 2
         block *= 2
-    return _networks.setdefault(count, tuple(pairs))
+    return tuple(pairs)
 
 
 def distances_to(x: Stack, rows: Mask, point: Vector) -> Tensor:
     """Euclidean distance of each row to `point` [..., dim]: float64 [..., k], NaN = not counted."""
-    apart = torch.linalg.vector_norm(x - point.unsqueeze(-2), dim=-1, dtype=torch.float64)
+    square = torch.zeros(x.shape[:-1], dtype=torch.float64, device=x.device)
+    for part in _around(x, point):
+        square += torch.linalg.vector_norm(part, dim=-1).square()
     # A difference that overflows is infinitely far, also where infinity met infinity.
-    return torch.where(rows, apart.nan_to_num(nan=float("inf"), posinf=float("inf")), float("nan"))
+    apart = square.sqrt().nan_to_num(nan=float("inf"), posinf=float("inf"))
+    return torch.where(rows, apart, float("nan"))
+
+
+def _around(x: Stack, point: Vector) -> Iterator[Stack]:
+    """x - point in float64, some coordinates at a time."""
+    width = max(64, _CHUNK * x.shape[-1] // max(1, x.numel()))
+    for start in range(0, x.shape[-1], width):
+        near = point[..., start : start + width].to(torch.float64).unsqueeze(-2)
+        yield x[..., start : start + width].to(torch.float64) - near
 
 
 def squared_distances(x: Stack, rows: Mask) -> Tensor:
     """Squared Euclidean distance of every pair of rows: float64 [..., k, k], NaN = not counted.
 
-    From one Gram matrix (k^2 dim multiplications, memory k^2), in float64: its rounding stays below
-    what float32 rows can tell apart, and a row of 1e38 spoils nobody else's distances, which
-    subtracting a mean would. Rows that are float64 themselves get a second pass around a row that
-    has a majority near it. Squares above 1e308 count as infinite.
+    From Gram matrices (k^2 dim multiplications, memory k^2): a rough one in the rows' own precision
+    finds a row that has a majority near it, then one in float64 around that row keeps the digits
+    of rows that lie close together and far from the origin. Around a mean it would not: one row of
+    1e38 takes the mean along. Squares above 1e308 count as infinite.
 
     >>> x = torch.tensor([[0.0], [3.0], [4.0]])
     >>> squared_distances(x, torch.ones(3, dtype=torch.bool))[0].tolist()
@@ -167,21 +179,16 @@ def squared_distances(x: Stack, rows: Mask) -> Tensor:
     """
     if x.shape[-2] == 0:
         return x.new_zeros((*x.shape[:-1], 0), dtype=torch.float64)
-    square = _from_gram(_gram(x, None))
-    if x.dtype == torch.float64:
-        square = _from_gram(_gram(x, _pivot(x, rows, square)))
+    plain = x.to(torch.promote_types(x.dtype, torch.float32))
+    rough = _from_gram(plain @ plain.mT)
+    square = _from_gram(_gram(x, _pivot(x, rows, rough)))
     both = rows.unsqueeze(-1) & rows.unsqueeze(-2)
     return torch.where(both, square, float("nan"))
 
 
-def _gram(x: Stack, pivot: Vector | None) -> Tensor:
-    *lead, count, dim = x.shape
-    total = torch.zeros((*lead, count, count), dtype=torch.float64, device=x.device)
-    width = max(64, _CHUNK * dim // max(1, x.numel()))
-    for start in range(0, dim, width):
-        part = x[..., start : start + width].to(torch.float64)
-        if pivot is not None:
-            part = part - pivot[..., start : start + width].unsqueeze(-2)
+def _gram(x: Stack, pivot: Vector) -> Tensor:
+    total = torch.zeros((*x.shape[:-1], x.shape[-2]), dtype=torch.float64, device=x.device)
+    for part in _around(x, pivot):
         total += part @ part.mT
     return total
 
@@ -211,6 +218,6 @@ def nearest(distance: Tensor, keep: int | Tensor) -> Mask:
     >>> nearest(torch.tensor([2.0, 1.0, 2.0, float("nan")]), 2).tolist()
     [True, True, False, False]
     """
-    rank = distance.argsort(-1, stable=True).argsort(-1, stable=True)
+    rank = distance.argsort(stable=True, dim=-1).argsort(dim=-1)
     limit = keep.unsqueeze(-1) if isinstance(keep, Tensor) else keep
     return (rank < limit) & ~torch.isnan(distance)

@@ -105,14 +105,19 @@ def map_tree(function: Callable[[Tensor], Tensor], tree: Tree) -> Tree:
     return unflatten(structure, [function(leaf) for leaf in leaves])
 
 
-def stack(trees: Sequence[Tree]) -> Tree:
-    """Equal trees as one, with a new leading axis."""
+def merge_trees(function: Callable[[list[Tensor]], Tensor], trees: Sequence[Tree]) -> Tree:
+    """Equal trees as one: `function` gets the tensors of one place, in the order of the trees."""
     flat = [flatten(tree) for tree in trees]
     structure = flat[0][1]
     if any(other != structure for _, other in flat[1:]):
-        raise UsageError("tree: only trees of one structure can be stacked")
+        raise UsageError("tree: only trees of one structure can be merged")
     columns = zip(*(leaves for leaves, _ in flat), strict=True)
-    return unflatten(structure, [torch.stack(column) for column in columns])
+    return unflatten(structure, [function(list(column)) for column in columns])
+
+
+def stack(trees: Sequence[Tree]) -> Tree:
+    """Equal trees as one, with a new leading axis."""
+    return merge_trees(torch.stack, trees)
 
 
 def rows(tree: Tree, count: int) -> list[Tree]:

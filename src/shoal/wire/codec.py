@@ -5,7 +5,9 @@
     header    msgpack array of the message's fields; a tensor stands there as its type and shape
     segments  raw little-endian tensor bytes and packed payloads
 
-Header and segments start at multiples of 8, so that a received tensor is a view, not a copy.
+Header and segments start at multiples of 8, so that a received tensor is a view, not a copy. A view
+whose memory does not start at a multiple of 64 is copied once: BLAS kernels peel by alignment, so
+a dot product of the same numbers at another address may differ in its last bits.
 Everything a frame claims is checked against the limits and against its own length before any
 memory is taken for it.
 """
@@ -21,7 +23,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from shoal.base.errors import DecodeError, MessageTooLarge, UndeclaredMessage
+from shoal.base.errors import DecodeError, MessageTooLarge, UndeclaredMessage, WireError
 from shoal.base.limits import DEFAULT, Limits
 from shoal.wire.message import Message, Packed, kind_of
 
@@ -39,6 +41,8 @@ _DTYPES = (
 )
 _DTYPE_CODES = {dtype: code for code, dtype in enumerate(_DTYPES)}
 _MOST_DIMS = 8
+ALIGNMENT = 64
+"""Where torch puts its own tensors, and what makes results independent of a tensor's address."""
 
 _local = threading.local()
 
@@ -56,6 +60,10 @@ def _hook(value: Any) -> msgspec.msgpack.Ext:
             raise UndeclaredMessage(f"a tensor of {value.dtype} cannot be sent (convert it)")
         if value.dim() > _MOST_DIMS:
             raise UndeclaredMessage(f"a tensor of {value.dim()} axes cannot be sent; at most 8")
+        if value.layout != torch.strided or value.is_meta:
+            raise UndeclaredMessage(
+                f"a tensor of layout {value.layout} on {value.device} cannot be sent (densify it)"
+            )
         length = value.numel() * value.element_size()
         parts.append((value, length))
         shape = struct.pack(f"<{value.dim()}Q", *value.shape)
@@ -74,14 +82,25 @@ _encoder = msgspec.msgpack.Encoder(enc_hook=_hook)
 _encode_plain = _encoder.encode
 
 
+def _refuse(message: Message, error: Exception) -> UndeclaredMessage:
+    return UndeclaredMessage(
+        f"{type(message).__name__} cannot be sent: {error} (integers have 64 bits, text is UTF-8)"
+    )
+
+
 def size_of(message: Message) -> int:
     """Bytes of the message's frame, without packing its segments."""
-    if message.plain:
-        return 32 + ((len(_encode_plain(message)) + 7) & ~7)
-    if not isinstance(message, Message):
-        raise UndeclaredMessage(f"{type(message).__name__} is no message (declare it with @message)")
-    _local.parts = parts = []
-    total = PREFIX.size + _pad(len(_encoder.encode(message)))
+    try:
+        if message.plain:
+            return 32 + ((len(_encode_plain(message)) + 7) & ~7)
+        if not isinstance(message, Message):
+            raise UndeclaredMessage(
+                f"{type(message).__name__} is no message (declare it with @message)"
+            )
+        _local.parts = parts = []
+        total = PREFIX.size + _pad(len(_encoder.encode(message)))
+    except (OverflowError, UnicodeEncodeError) as error:
+        raise _refuse(message, error) from None
     for _, length in parts:
         total += (length + 7) & ~7
     return total
@@ -90,7 +109,8 @@ def size_of(message: Message) -> int:
 def _raw(part: Any) -> Buffer:
     if not isinstance(part, Tensor):
         return part.pack()
-    flat = part.detach().cpu().contiguous().reshape(-1)
+    # Conjugation and negation are lazy bits of a view; bytes know nothing of them.
+    flat = part.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
     if flat.numel() == 0:
         return b""
     return memoryview(flat.view(torch.uint8).numpy())
@@ -102,9 +122,14 @@ def encode(message: Message, request: int = 0) -> list[Buffer]:
     Tensors stay borrowed until the bytes are written: do not change them in place before that.
     """
     if not isinstance(message, Message):
-        raise UndeclaredMessage(f"{type(message).__name__} is no message (declare it with @message)")
+        raise UndeclaredMessage(
+            f"{type(message).__name__} is no message (declare it with @message)"
+        )
     _local.parts = parts = []
-    header = _encoder.encode(message)
+    try:
+        header = _encoder.encode(message)
+    except (OverflowError, UnicodeEncodeError) as error:
+        raise _refuse(message, error) from None
     body: list[Buffer] = []
     body_bytes = 0
     for part, length in parts:
@@ -177,6 +202,11 @@ def decode(data: Buffer, limits: Limits = DEFAULT) -> tuple[Message, int]:
         _local.body.finish()
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, OverflowError) as error:
         raise DecodeError(f"frame: {kind.__name__}: {error}") from None
+    except WireError:
+        raise
+    except Exception as error:
+        # A message class may check its own fields; whatever it raises, the frame is at fault.
+        raise DecodeError(f"frame: {kind.__name__}: {type(error).__name__}: {error}") from error
     finally:
         _local.body = None
     return message, prefix.request
@@ -220,7 +250,8 @@ def _extension(code: int, data: memoryview) -> Tensor | Packed:
         raise DecodeError("frame: unknown tensor type")
     dtype = _DTYPES[data[_PLACE.size]]
     shape = struct.unpack_from(f"<{dims}Q", data, _PLACE.size + 1)
-    if math.prod(shape) * dtype.itemsize != length or any(size > 1 << 40 for size in shape):
+    # An empty tensor may still claim axes whose strides overflow.
+    if math.prod(shape) * dtype.itemsize != length or math.prod(s or 1 for s in shape) > 1 << 56:
         raise DecodeError(f"frame: shape {shape} does not take {length} bytes")
     piece = _local.body.take(index, length)
     if length == 0:
@@ -228,7 +259,12 @@ def _extension(code: int, data: memoryview) -> Tensor | Packed:
     if piece.readonly:
         # torch has no read-only tensors; a received message is its receiver's own.
         piece = memoryview(bytearray(piece))
-    return torch.frombuffer(piece, dtype=torch.uint8).view(dtype).reshape(shape)
+    raw = torch.frombuffer(piece, dtype=torch.uint8)
+    if raw.data_ptr() % ALIGNMENT:
+        raw = raw.clone()
+    if dtype == torch.bool and int(raw.max()) > 1:
+        raise DecodeError("frame: a truth value that is neither 0 nor 1")
+    return raw.view(dtype).reshape(shape)
 
 
 def _typed(kind: type, value: Any) -> Any:

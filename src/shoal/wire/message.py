@@ -73,9 +73,19 @@ class Packed:
 _kinds: dict[int, type[Message]] = {}
 
 
+def message_key(code: int, tag: Tag) -> int:
+    """The signed 64 bits that stand for a kind and tag in digests and keyed draws."""
+    return keyed.signed(keyed.fold(code, *tag)) if tag else code
+
+
 def kind_of(code: int) -> type[Message] | None:
     """The declared class of a wire code, if this process knows it."""
     return _kinds.get(code)
+
+
+def declared_kinds() -> tuple[type[Message], ...]:
+    """Every message class that this process has declared, by name."""
+    return tuple(sorted(_kinds.values(), key=lambda kind: kind.kind))
 
 
 @overload

@@ -89,4 +89,5 @@ def _larger(first: Any, second: Any) -> Any:
         return max(first, second)
     import torch
 
-    return torch.maximum(*torch.broadcast_tensors(*map(torch.as_tensor, (first, second))))
+    like = second if isinstance(first, float) else first
+    return torch.maximum(*(torch.as_tensor(x, device=like.device) for x in (first, second)))

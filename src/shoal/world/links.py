@@ -62,10 +62,16 @@ def draw_uniform(seed: int, name: str, *words: Any) -> Any:
     """
     like = _tensor_among(words)
     if like is None:
-        return keyed.uniform(seed, name, *words)
+        return keyed.unit(keyed.fold(_folded(seed, name, words[:-1]), words[-1]))
     from shoal.tensor import keyed as stacked
 
     return stacked.uniform(stacked.key_of(seed, name, device=like.device), *words)
+
+
+@lru_cache(maxsize=1 << 18)
+def _folded(seed: int, name: str, words: tuple[int, ...]) -> int:
+    # Messages of one link share all words of their draws but the last, so most of the folding too.
+    return keyed.fold(0, seed, name, *words)
 
 
 def draw_normal(seed: int, name: str, *words: Any) -> Any:
@@ -216,12 +222,13 @@ class Links:
 
 
 def _ascending(first: Any, second: Any) -> tuple[Any, Any]:
-    if _tensor_among((first, second)) is None:
+    like = _tensor_among((first, second))
+    if like is None:
         return (first, second) if first <= second else (second, first)
     import torch
 
-    pair = torch.broadcast_tensors(torch.as_tensor(first), torch.as_tensor(second))
-    return torch.minimum(*pair), torch.maximum(*pair)
+    first, second = (torch.as_tensor(word, device=like.device) for word in (first, second))
+    return torch.minimum(first, second), torch.maximum(first, second)
 
 
 def lan(seed: int = 0) -> Links:

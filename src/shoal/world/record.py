@@ -48,8 +48,11 @@ class Run:
     bytes_received: list[int] = field(default_factory=list)
     messages_sent: int = 0
     messages_delivered: int = 0
+    messages_in_flight: int = 0
+    """sent, and neither delivered nor dropped on the way when the run ended"""
     dropped: dict[str, int] = field(default_factory=dict)
-    """messages that did not arrive, by reason: lost, dead, partition, mailbox, closed"""
+    """what came to nothing, by reason. On the way: lost, dead, partition, corrupt, so that sent =
+    delivered + these + in flight. At the receiver: mailbox, closed, busy, late answer, ..."""
     bytes_by_kind: dict[str, int] = field(default_factory=dict)
     virtual_s: float = 0.0
     wall_s: float = 0.0

@@ -115,10 +115,10 @@ class Batcher:
 
     def _run(self, group: _Group) -> None:
         self._open.pop(group.key, None)
+        for call in group.calls:
+            call.ran = True
         calls = [call for call in group.calls if not call.wait.done]
         group.calls = []
-        for call in calls:
-            call.ran = True
         chunks = self._chunks(calls)
         stacked = [c for c in chunks if len(c) > 1]
         if stacked:

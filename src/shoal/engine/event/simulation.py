@@ -12,23 +12,35 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from shoal.base.digest import TraceDigest
-from shoal.base.errors import LimitReached, ShoalError, Stalled, UsageError
+from shoal.base.errors import (
+    LimitReached,
+    PeerError,
+    Stalled,
+    UsageError,
+    WireError,
+)
 from shoal.base.ids import PeerId
 from shoal.base.limits import DEFAULT, Limits
 from shoal.base.stopwatch import Stopwatch
 from shoal.base.units import FOREVER, to_ns, to_s
 from shoal.engine.event.batching import Batcher
 from shoal.engine.event.delivery import Delivery
+from shoal.engine.event.outages import Outages
 from shoal.engine.executor import Executor, Local
 from shoal.kernel.peer import Batching, Cost, Program
 from shoal.kernel.runtime import Runtime
 from shoal.kernel.tasks import drain
 from shoal.kernel.waits import Ready, Wait
-from shoal.tensor.tree import map_tree
 from shoal.world.clock import Clock
-from shoal.world.faults import Crash, Fault, Join, Leave, Round, Skew, Slow
+from shoal.world.faults import Skew
 from shoal.world.network import Network
 from shoal.world.record import Happening, Row, Run
+
+_BLOCK = 4096
+"""Events between two looks at the limit, the trace's buffer and the progress callback."""
+
+_SLACK = 1000
+"""How many timers of ended waits the heap may hold, beside as many as there are live ones."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +64,9 @@ class EventSettings:
             raise UsageError(f"batching={self.batching!r}; need 'lazy' or 'off'")
         if not self.horizon_s > 0:
             raise UsageError(f"horizon_s={self.horizon_s}; need a positive number of seconds")
+        for name in ("events", "batch_bytes"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name}={getattr(self, name)}; need at least 1")
 
 
 class Observer(Protocol):
@@ -93,6 +108,8 @@ class Simulation:
         self.heap: list[tuple[int, int, Any, Any, Any]] = []
         self.sequence = count().__next__
         self.now_ns = 0
+        self.halt = True
+        """look whether the run is over or failed, before the next event"""
         self.trace = TraceDigest()
         self.result = Run(engine="event", seed=seed, peers=network.peers, settings=asdict(settings))
         self.dropped = self.result.dropped
@@ -100,20 +117,17 @@ class Simulation:
         self.slow = [1.0] * network.peers
         self._program = programs if callable(programs) else lambda peer: programs
         self._observer = observer
-        self._live_timers = 0
-        self._dead_timers = 0
+        self._sweep_at = _SLACK // 2
+        self._timer = self._fire
         self._clocks = [Clock() for _ in range(network.peers)]
         self._skewed = False
         self._stores: list[dict[str, Any]] = [{} for _ in range(network.peers)]
         self._params: dict[int, Tensor] = {}
-        self._round = -1
-        self._round_faults: dict[int, list[tuple[Callable[[Any], None], Any]]] = {}
-        self._store_ns = to_ns(network.device.store_s)
         self._full = tuple(range(network.peers)) if network.topology is None else None
         self._error: tuple[Runtime, BaseException] | None = None
         self._running = 0
-        self._to_come = 0
         self.faulty = bool(network.faults)
+        self.outages = Outages(self, network.faults)
         self.delivery = Delivery(self, seed)
         self.transmit = self.delivery.transmit
         self.flush = self.delivery.flush
@@ -125,12 +139,11 @@ class Simulation:
 
     def run(self, progress: Callable[[float, int], None] | None = None) -> Run:
         watch = Stopwatch()
-        self._schedule(self.network.faults)
-        absent = {p for f in self.network.faults if isinstance(f, Join) for p in f.who}
-        for runtime in self.runtimes:
-            if runtime.id not in absent:
-                self._start(runtime)
         try:
+            self.outages.schedule()
+            for runtime in self.runtimes:
+                if runtime.id not in self.outages.absent:
+                    self.start(runtime)
             finished = self._loop(progress)
         finally:
             for runtime in self.runtimes:
@@ -138,87 +151,91 @@ class Simulation:
         return self._finish(watch, finished)
 
     def _loop(self, progress: Callable[[float, int], None] | None) -> bool:
-        heap, ready, runtimes, trace = self.heap, self.ready, self.runtimes, self.trace
+        heap, ready, runtimes = self.heap, self.ready, self.runtimes
         horizon = to_ns(self.settings.horizon_s)
-        limit, faulty, strict = self.settings.events, self.faulty, self.settings.strict
-        received = self.delivery.bytes_received
-        add, delivered, events = trace.add, 0, 0
-        special = strict or self.delivery.corrupting
+        faulty, delivery = self.faulty, self.delivery
+        inspected = self.settings.strict or delivery.corrupting
+        received, log = delivery.bytes_received, self.trace.extend
+        delivered = events = 0
+        look = min(_BLOCK, self.settings.events + 1)
         try:
             while True:
                 if ready:
                     drain(ready)
-                    if self._error is not None:
-                        self._raise()
-                if not self._running and not self._to_come:
+                if self.halt and self._halted():
                     return True
-                if not heap:
-                    self._stalled()
-                time_ns, _, action, a, b = heappop(heap)
+                try:
+                    time_ns, _, action, a, b = heappop(heap)
+                except IndexError:
+                    raise self._stalled() from None
                 if time_ns > horizon:
+                    heappush(heap, (time_ns, -1, action, a, b))
+                    self.now_ns = horizon
                     return False
                 self.now_ns = time_ns
                 events += 1
-                if action is None:
+                if action is not None:
+                    action(a, b)
+                else:
                     # A delivery: b to the runtime a.
                     source = b.source
                     if not a.alive or (
-                        faulty
-                        and b.incarnation != (runtimes[source].incarnation, a.incarnation)
+                        faulty and b.incarnation != runtimes[source].incarnation + a.incarnation
                     ):
                         self.drop("dead")
-                        continue
-                    size = b.size_bytes
-                    if special:
-                        b = self.delivery.inspect(b)
-                        if b is None:
-                            continue
-                    add(time_ns, source, a.id, b.key, size)
-                    received[a.id] += size
-                    delivered += 1
-                    a.deliver(b)
-                else:
-                    action(a, b)
-                if not events & 4095:
-                    trace.flush()
-                    if events > limit:
-                        raise LimitReached(
-                            f"{events} events at virtual time {to_s(time_ns):.3f} s; the limit is "
-                            f"{limit} (raise `events`, or look for a loop that never waits)"
-                        )
+                    elif not inspected or (b := delivery.inspect(b)) is not None:
+                        size, target = b.size_bytes, a.id
+                        log((time_ns, source, target, b.key, size))
+                        received[target] += size
+                        delivered += 1
+                        a.deliver(b)
+                if events >= look:
+                    look = min(events + max(_BLOCK, len(heap)), self.settings.events + 1)
+                    self.trace.flush()
+                    self._sweep()
+                    self._within_limit(events)
                     if progress is not None:
                         progress(to_s(time_ns), events)
         finally:
             self.result.messages_delivered += delivered
             self.result.events += events
 
-    def _stalled(self) -> None:
+    def _halted(self) -> bool:
+        """Whether the run is over; raises what a program raised."""
+        self.halt = False
+        if self._error is not None:
+            runtime, error = self._error
+            error.add_note(
+                f"in the program of peer {runtime.id} at virtual time {to_s(self.now_ns):.6f} s, "
+                f"seed {self.result.seed}"
+            )
+            raise error
+        return not self._running and not self.outages.to_come
+
+    def _within_limit(self, events: int) -> None:
+        if events > self.settings.events:
+            raise LimitReached(
+                f"{events} events at virtual time {to_s(self.now_ns):.3f} s; the limit is "
+                f"{self.settings.events} (raise `events`, or look for a loop that never waits)"
+            )
+
+    def _stalled(self) -> Stalled:
         waiting = [r.id for r in self.runtimes if r.alive]
-        raise Stalled(
+        return Stalled(
             f"peers {waiting[:8]} wait at virtual time {to_s(self.now_ns):.3f} s and nothing is "
             "left that could wake them (give every wait a deadline)"
         )
 
-    def _raise(self) -> None:
-        assert self._error is not None
-        runtime, error = self._error
-        error.add_note(
-            f"in the program of peer {runtime.id} at virtual time {to_s(self.now_ns):.6f} s, "
-            f"seed {self.result.seed}"
-        )
-        raise error
-
     def _finish(self, watch: Stopwatch, finished: bool) -> Run:
-        result = self.result
+        result, delivery = self.result, self.delivery
         result.finished = finished
         result.virtual_s = to_s(self.now_ns)
         result.trace_digest = self.trace.hexdigest()
-        result.messages_sent = self.delivery.messages_sent
-        result.bytes_sent = list(self.delivery.bytes_sent)
-        result.bytes_received = list(self.delivery.bytes_received)
-        result.bytes_by_kind = {
-            kind.__name__: size for kind, size in self.delivery.bytes_by_kind.items()
-        }
+        result.messages_sent = delivery.messages_sent
+        result.messages_in_flight = delivery.in_flight(self.heap)
+        result.bytes_sent = list(delivery.bytes_sent)
+        result.bytes_received = list(delivery.bytes_received)
+        result.bytes_by_kind = delivery.bytes_by_kind()
         result.flops = self.batcher.flops
         if self._observer is not None:
             result.rows.extend(self._observer.rows())
@@ -226,7 +243,9 @@ class Simulation:
         result.wall_s, result.cpu_s = watch.wall_s, watch.cpu_s
         return result
 
-    def at(self, time_ns: int, action: Callable[[Any, Any], None], a: Any = None, b: Any = None) -> None:
+    def at(
+        self, time_ns: int, action: Callable[[Any, Any], None], a: Any = None, b: Any = None
+    ) -> None:
         """Call `action(a, b)` at a moment of the run."""
         heappush(self.heap, (time_ns, self.sequence(), action, a, b))
 
@@ -238,32 +257,45 @@ class Simulation:
     def set_timer(self, runtime: Runtime, local_ns: int, wait: Wait) -> None:
         if local_ns >= FOREVER:
             return
+        heap, now = self.heap, self.now_ns
+        if len(heap) > self._sweep_at:
+            self._sweep()
         at = self._clocks[runtime.id].run_ns(local_ns) if self._skewed else local_ns
-        wait.timed = True
-        self._live_timers += 1
-        heappush(
-            self.heap,
-            (at if at > self.now_ns else self.now_ns, self.sequence(), self._fire, wait,
-             (runtime, local_ns)),
-        )  # fmt: skip
+        heappush(heap, (at if at > now else now, self.sequence(), self._timer, wait, local_ns))
 
-    def _fire(self, wait: Wait, owner: Any) -> None:
-        if wait.done:
-            self._dead_timers -= 1
-        else:
-            self._live_timers -= 1
+    def _fire(self, wait: Wait, local_ns: int) -> None:
+        if not wait.done:
             wait.expire()
 
     def timer_dropped(self) -> None:
-        self._live_timers -= 1
-        self._dead_timers = dead = self._dead_timers + 1
-        # Dead timers stay in the heap until they are as many as the live ones and a thousand, so
-        # that dropping one costs constant time on average and the heap stays bounded.
-        if dead > self._live_timers + 1000:
-            fire = self._fire
-            self.heap[:] = [e for e in self.heap if e[2] != fire or not e[3].done]
-            heapify(self.heap)
-            self._dead_timers = 0
+        """Nothing to do: the heap is swept instead of told."""
+
+    def _sweep(self) -> None:
+        """Take the timers of waits that are done out of the heap.
+
+        Called when the heap has grown by half since the last time, and every few thousand events,
+        so that a timer costs constant time on average and the heap stays below twice the live
+        waits plus `_SLACK`.
+        """
+        timer = self._timer
+        self.heap[:] = [e for e in self.heap if e[2] is not timer or not e[3].done]
+        heapify(self.heap)
+        self._sweep_at = len(self.heap) * 3 // 2 + _SLACK // 2
+
+    def skew(self, fault: Skew, begins: bool) -> None:
+        """Change the clocks of peers; deadlines are times on them, so pending timers move."""
+        self._skewed = True
+        now = self.now_ns
+        for peer in fault.who:
+            change = self._clocks[peer].skew if begins else self._clocks[peer].right
+            change(now, round(fault.offset_s * 1e9), fault.drift)
+        who, timer = set(fault.who), self._timer
+        for place, entry in enumerate(self.heap):
+            wait = entry[3]
+            if entry[2] is timer and not wait.done and wait.task.runtime.id in who:
+                at = self._clocks[wait.task.runtime.id].run_ns(entry[4])
+                self.heap[place] = (max(now, at), *entry[1:])
+        heapify(self.heap)
 
     # Host: work and memory.
 
@@ -276,20 +308,24 @@ class Simulation:
     def commit(self, runtime: Runtime, items: Mapping[str, Any]) -> Wait:
         wait = Wait(self.ready)
         # A private copy: what is durable must not change with the program's tensors.
-        frozen = {key: map_tree(Tensor.clone, v) if isinstance(v, Tensor) else v
-                  for key, v in items.items()}  # fmt: skip
-        self.at(self.now_ns + self._store_ns, self._committed, wait, (runtime, frozen))
+        frozen = {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in items.items()}
+        seconds = self.network.device.store_seconds(runtime.id, self.slow[runtime.id])
+        self.at(self.now_ns + to_ns(seconds), self._committed, wait, (runtime.id, frozen))
         return wait
 
     def _committed(self, wait: Wait, what: Any) -> None:
         if not wait.done:
-            runtime, items = what
-            self._stores[runtime.id].update(items)
+            peer, items = what
+            self._stores[peer].update(items)
             wait.resolve(None)
 
     def stored(self, runtime: Runtime, key: str) -> Any:
         value = self._stores[runtime.id].get(key)
         return value.clone() if isinstance(value, Tensor) else value
+
+    def forget_store(self, peer: int) -> None:
+        """A crash took the disk with it."""
+        self._stores[peer].clear()
 
     def neighbors(self, runtime: Runtime) -> Sequence[int]:
         topology = self.network.topology
@@ -311,121 +347,47 @@ class Simulation:
             Row(name, float(value), time_s, runtime.round, runtime.id, tuple(sorted(labels.items())))
         )
 
-    def drop(self, reason: str) -> None:
-        self.dropped[reason] = self.dropped.get(reason, 0) + 1
-
-    def failed(self, runtime: Runtime, error: BaseException) -> None:
-        if isinstance(error, ShoalError):
-            self.drop("handler failed")
-        else:
-            self._error = self._error or (runtime, error)
-
-    def finished(self, runtime: Runtime, error: BaseException | None) -> None:
-        self._running -= 1
-        if error is not None and self._error is None:
-            self._error = (runtime, error)
-
-    # Faults.
-
-    def _schedule(self, faults: Sequence[Fault]) -> None:
-        for fault in faults:
-            begin, end = self._actions(fault)
-            for moment, action in ((fault.at, begin), (fault.until, end)):
-                if moment is None or action is None:
-                    continue
-                # A restart or a join is still to come: the run must not end before it.
-                reviving = isinstance(fault, Join) or (isinstance(fault, Crash) and action is end)
-                if isinstance(moment, Round):
-                    self._round_faults.setdefault(moment.round, []).append((action, fault))
-                else:
-                    self._to_come += reviving
-                    self.at(to_ns(moment), self._apply, (action, reviving), fault)
-
-    def _apply(self, what: Any, fault: Fault) -> None:
-        action, reviving = what
-        self._to_come -= reviving
-        action(fault)
-
-    def _actions(self, fault: Fault) -> tuple[Callable[[Any], None] | None, ...]:
-        if isinstance(fault, Crash):
-            return self._crash, self._restart
-        if isinstance(fault, Join):
-            return self._restart, None
-        if isinstance(fault, Leave):
-            return self._leave, None
-        if isinstance(fault, Slow):
-            return (lambda f: self._slow(f, f.factor)), (lambda f: self._slow(f, 1.0 / f.factor))
-        if isinstance(fault, Skew):
-            return self._skew, None
-        return self.delivery.begin, self.delivery.end
-
     def note(self, what: str, peers: Sequence[int]) -> None:
         """Mark a moment on the report's time axis."""
         self.result.happenings.append(Happening(to_s(self.now_ns), what, tuple(peers)))
 
-    def _start(self, runtime: Runtime) -> None:
+    def drop(self, reason: str) -> None:
+        self.dropped[reason] = self.dropped.get(reason, 0) + 1
+
+    def failed(self, runtime: Runtime, error: BaseException) -> None:
+        # What other peers or the wire did is to be expected; the rest is a fault of the program.
+        if isinstance(error, (PeerError, WireError)):
+            self.drop("handler failed")
+        else:
+            self.blame(runtime, error)
+
+    def blame(self, runtime: Runtime, error: BaseException) -> None:
+        """End the run with this error, unless another came first."""
+        if self._error is None:
+            self._error = (runtime, error)
+        self.halt = True
+
+    # Life of peers.
+
+    def enter_round(self, runtime: Runtime, round: int) -> None:
+        self.outages.entered(round)
+
+    def finished(self, runtime: Runtime, error: BaseException | None) -> None:
+        self._running -= 1
+        self.halt = True
+        if error is not None:
+            self.blame(runtime, error)
+
+    def start(self, runtime: Runtime) -> None:
         self._running += 1
+        runtime.round = -1
         runtime.start(self._program(runtime.id))
 
-    def _stop(self, runtime: Runtime) -> None:
-        if runtime.alive:
-            self._running -= 1
+    def stop(self, runtime: Runtime) -> None:
+        """End a live peer's incarnation; what is in flight from and to it is lost."""
+        self._running -= 1
+        self.halt = True
         runtime.kill()
         runtime.incarnation += 1
         self.batcher.forget(runtime.id)
         self.delivery.forget(runtime.id)
-
-    def _crash(self, fault: Crash) -> None:
-        self.note("crash", fault.who)
-        for peer in fault.who:
-            self._stop(self.runtimes[peer])
-            if fault.store == "lost":
-                self._stores[peer].clear()
-
-    def _restart(self, fault: Fault) -> None:
-        self.note("join" if isinstance(fault, Join) else "restart", fault.who)
-        for peer in fault.who:
-            runtime = self.runtimes[peer]
-            if not runtime.alive:
-                runtime.round = -1
-                self._start(runtime)
-
-    def _leave(self, fault: Leave) -> None:
-        self.note("leave", fault.who)
-        for peer in fault.who:
-            runtime = self.runtimes[peer]
-            runtime.leave()
-            self.at(self.now_ns + to_ns(fault.grace_s), self._left, runtime, runtime.incarnation)
-
-    def _left(self, runtime: Runtime, incarnation: int) -> None:
-        if runtime.incarnation == incarnation and runtime.alive:
-            self._stop(runtime)
-
-    def _slow(self, fault: Slow, factor: float) -> None:
-        self.note("slow" if factor == fault.factor else "slow ends", fault.who)
-        for peer in fault.who:
-            self.slow[peer] *= factor
-
-    def _skew(self, fault: Skew) -> None:
-        self.note("skew", fault.who)
-        self._skewed = True
-        for peer in fault.who:
-            self._clocks[peer].skew(self.now_ns, round(fault.offset_s * 1e9), fault.drift)
-        # Deadlines are times on the peer's clock, so its pending timers move.
-        who, now = set(fault.who), self.now_ns
-        moved = []
-        for entry in self.heap:
-            if entry[2] == self._fire and entry[4][0].id in who:
-                runtime, local_ns = entry[4]
-                at = max(now, self._clocks[runtime.id].run_ns(local_ns))
-                entry = (at, *entry[1:])
-            moved.append(entry)
-        self.heap[:] = moved
-        heapify(self.heap)
-
-    def enter_round(self, runtime: Runtime, round: int) -> None:
-        while self._round < round:
-            self._round += 1
-            for action, fault in self._round_faults.pop(self._round, ()):
-                # After the running step: a peer must not be closed from inside its own code.
-                self.at(self.now_ns, lambda a, b: a(b), action, fault)

@@ -1,0 +1,10 @@
+"""A round of all peers, and of several seeds, as a few tensor calls.
+
+lockstep.py  the rounds: work, attack, encode, exchange, conclude
+timeline.py  who is alive when, what is slow, lost or cut: faults on tensors of times
+traffic.py   when each message of a wave arrives, by the formulas of `world`
+"""
+
+from shoal.engine.lockstep.lockstep import LockstepSettings, run_lockstep
+
+__all__ = ["LockstepSettings", "run_lockstep"]

@@ -1,206 +1,213 @@
-"""Layers over stacked parameters, forward and backward by hand.
+"""Stacked layers that are no products: pooling, activations, normalisation, embedding, shape.
 
-Values lie `[rows, features, batch]`, `[rows, channels, height, width, batch]` (images) or
-`[rows, features, positions, batch]` (sequences): the batch is innermost, so that every layer is a
-product of a weight with a long matrix, and rows (peers) are a batch of such products. `rows` of an
-input may be 1 when every row sees the same samples.
-
-`forward` gives the value and what `backward` needs; `backward` writes the parameters' gradients
-(unless `grads` is None), adds each sample's squared gradient norm to `squares` [rows, batch]
-(unless it is None) and returns the input's gradient when `wanted`.
+Layouts and the contract of a layer are in `_products`.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from shoal.parts.models._products import Pass, joined
 from shoal.parts.models._windows import (
     Pair,
-    pad,
-    patches,
-    scatter_patches,
+    where_positive,
+    window_max,
     window_max_backward,
     windows,
 )
 
-Views = Mapping[str, Tensor]
-
-
-class Layer(Protocol):
-    """One step of a stacked model."""
-
-    def forward(self, params: Views, x: Tensor) -> tuple[Tensor, Any]: ...
-
-    def backward(
-        self,
-        params: Views,
-        saved: Any,
-        dy: Tensor,
-        grads: Views | None,
-        squares: Tensor | None,
-        wanted: bool,
-    ) -> Tensor | None: ...
-
-
-def product(weight: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
-    """`weight [rows, out, in] @ x [rows or 1, in, n]`, plus `bias [rows, out]`."""
-    rows, out = weight.shape[:2]
-    if x.shape[0] != rows:
-        y = torch.mm(weight.reshape(rows * out, -1), x[0]).view(rows, out, x.shape[-1])
-        return y if bias is None else y.add_(bias.unsqueeze(-1))
-    if bias is None:
-        return torch.bmm(weight, x)
-    return torch.baddbmm(bias.unsqueeze(-1), weight, x)
-
-
-def sample_squares(dy: Tensor, x: Tensor) -> Tensor:
-    """Squared norms `[rows, batch]` of each sample's weight gradient `sum_n dy_n x_n'`.
-
-    dy: [rows, out, n, batch]; x: [rows, in, n, batch].
-    """
-    rows, out, count, batch = dy.shape
-    if count == 1:
-        return dy.square().sum((1, 2)) * x.square().sum((1, 2))
-    left = dy.permute(0, 3, 1, 2).reshape(rows * batch, out, count)
-    right = x.permute(0, 3, 2, 1).reshape(rows * batch, count, x.shape[1])
-    return torch.bmm(left, right).square().sum((1, 2)).view(rows, batch)
-
-
-def to_vector(dy: Tensor) -> Tensor:
-    """All axes but rows and features joined: `[rows, features, n]`."""
-    return dy.reshape(dy.shape[0], dy.shape[1], -1)
+aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
-class Linear:
-    """`W x + b` on the feature axis of vectors or sequences."""
+class MaxPool:
+    """The maximum of each window; windows do not overlap."""
 
-    weight: str
-    bias: str | None
+    window: Pair
 
-    def forward(self, params: Views, x: Tensor) -> tuple[Tensor, Tensor]:
-        weight = params[self.weight]
-        y = product(weight, to_vector(x), params[self.bias] if self.bias else None)
-        return y.view(weight.shape[0], weight.shape[1], *x.shape[2:]), x
+    def forward(self, run: Pass, x: Tensor) -> tuple[Tensor, Any]:
+        x = x.contiguous()
+        top = window_max(windows(x, self.window), run.memory)
+        return top, (x, top)
 
-    def backward(
-        self,
-        params: Views,
-        saved: Tensor,
-        dy: Tensor,
-        grads: Views | None,
-        squares: Tensor | None,
-        wanted: bool,
-    ) -> Tensor | None:
-        flat, x = to_vector(dy), to_vector(saved)
-        if grads is not None:
-            grads[self.weight].copy_(torch.bmm(flat, x.transpose(1, 2)))
-            if self.bias:
-                torch.sum(flat, -1, out=grads[self.bias])
-        if squares is not None:
-            batch = dy.shape[-1]
-            left = dy.reshape(*dy.shape[:2], -1, batch)
-            squares += sample_squares(left, saved.reshape(*saved.shape[:2], -1, batch))
-            if self.bias:
-                squares += left.sum(2).square().sum(1)
+    def backward(self, run: Pass, saved: Any, dy: Tensor, wanted: bool) -> Tensor | None:
         if not wanted:
             return None
-        return torch.bmm(params[self.weight].transpose(1, 2), flat).view(saved.shape)
-
-
-@dataclass(frozen=True)
-class Convolution:
-    """A two-dimensional convolution, with the maximum over `pool` windows when there is one.
-
-    The bias is added after the maximum (adding is monotone, so nothing changes but the work), and
-    positions that no window covers are never computed.
-    """
-
-    weight: str
-    bias: str | None
-    stride: Pair
-    padding: Pair
-    dilation: Pair
-    out: Pair
-    pool: Pair | None
-    first: bool
-
-    def forward(self, params: Views, x: Tensor) -> tuple[Tensor, Any]:
-        weight = params[self.weight]
-        rows, channels = weight.shape[:2]
-        kernel: Pair = (weight.shape[-2], weight.shape[-1])
-        image = pad(x, self.padding)
-        pool = self.pool or (1, 1)
-        batch = x.shape[-1]
-        # Positions are listed window by window only where nobody has to send gradients back to
-        # the image: scattering them is cheaper in image order.
-        if self.first:
-            view = patches(image, kernel, self.stride, self.dilation, self.out, pool)
-        else:
-            order = (self.out[0] * pool[0], self.out[1] * pool[1])
-            view = patches(image, kernel, self.stride, self.dilation, order, (1, 1))
-        columns = view.reshape(x.shape[0], math.prod(view.shape[1:4]), -1)
-        late = self.pool is not None
-        bias = params[self.bias] if self.bias else None
-        flat = product(weight.reshape(rows, channels, -1), columns, None if late else bias)
-        if not late:
-            return flat.view(rows, channels, *self.out, batch), (columns, image.shape, None, None)
-        y = self._windows(flat, batch)
-        top = y.amax((2, 3))
-        saved = (columns, image.shape, flat, top)
-        return (top if bias is None else top + bias[:, :, None, None, None]), saved
-
-    def _windows(self, flat: Tensor, batch: int) -> Tensor:
-        rows, channels = flat.shape[:2]
-        pool = self.pool or (1, 1)
-        if self.first:
-            return flat.view(rows, channels, *pool, *self.out, batch)
-        return windows(
-            flat.view(rows, channels, self.out[0] * pool[0], self.out[1] * pool[1], batch), pool
+        x, top = saved
+        dx = torch.zeros_like(x)
+        window_max_backward(
+            windows(x, self.window), top, dy.contiguous(), windows(dx, self.window), run.memory
         )
+        return dx
 
-    def backward(
-        self,
-        params: Views,
-        saved: Any,
-        dy: Tensor,
-        grads: Views | None,
-        squares: Tensor | None,
-        wanted: bool,
-    ) -> Tensor | None:
-        columns, shape, flat, top = saved
-        weight = params[self.weight]
-        rows, channels = weight.shape[:2]
-        batch = dy.shape[-1]
-        if self.bias:
-            if grads is not None:
-                torch.sum(to_vector(dy), -1, out=grads[self.bias])
-            if squares is not None:
-                squares += dy.sum((2, 3)).square().sum(1)
-        if self.pool:
-            out = torch.empty_like(flat) if squares is not None else flat
-            window_max_backward(
-                self._windows(flat, batch), top, dy.contiguous(), self._windows(out, batch)
-            )
-            dy = out
-        dy = dy.reshape(rows, channels, -1)
-        if grads is not None:
-            product_ = torch.bmm(dy, columns.transpose(1, 2))
-            grads[self.weight].copy_(product_.view(weight.shape))
-        if squares is not None:
-            squares += sample_squares(
-                dy.view(rows, channels, -1, batch), columns.view(*columns.shape[:2], -1, batch)
-            )
+
+@dataclass(frozen=True)
+class AvgPool:
+    """The mean of each window; windows do not overlap."""
+
+    window: Pair
+
+    def forward(self, run: Pass, x: Tensor) -> tuple[Tensor, Any]:
+        return windows(x.contiguous(), self.window).mean((2, 3)), x.shape
+
+    def backward(self, run: Pass, saved: Any, dy: Tensor, wanted: bool) -> Tensor | None:
         if not wanted:
             return None
-        pool = self.pool or (1, 1)
-        dy = dy.view(rows, channels, self.out[0] * pool[0], self.out[1] * pool[1], batch)
-        dx = scatter_patches(weight, dy, tuple(shape[1:4]), self.stride, self.dilation)
-        down, right = self.padding
-        return dx[:, :, down : shape[2] - down, right : shape[3] - right]
+        dx = dy.new_zeros((dy.shape[0], *saved[1:]))
+        share = dy / (self.window[0] * self.window[1])
+        windows(dx, self.window).copy_(share[:, :, None, None])
+        return dx
+
+
+@dataclass(frozen=True)
+class Activation:
+    """An elementwise function. `setting` is the slope of `leaky_relu`, the kind of `gelu`."""
+
+    kind: str
+    setting: float | str = 0.0
+    in_place: bool = False
+    """the layer before does not need its output again"""
+
+    def forward(self, run: Pass, x: Tensor) -> tuple[Tensor, Any]:
+        if self.kind == "gelu":
+            return aten.gelu(x, approximate=str(self.setting)), x
+        if self.kind == "silu":
+            return aten.silu(x), x
+        if self.kind == "leaky_relu":
+            return aten.leaky_relu(x, float(self.setting)), x
+        y = x if self.in_place else run.memory.empty(x.shape, x)
+        if self.kind == "relu":
+            torch.clamp_min(x, 0, out=y)
+        elif self.kind == "tanh":
+            torch.tanh(x, out=y)
+        else:
+            torch.sigmoid(x, out=y)
+        return y, y
+
+    def backward(self, run: Pass, saved: Any, dy: Tensor, wanted: bool) -> Tensor | None:
+        if not wanted:
+            return None
+        match self.kind:
+            case "relu":
+                return where_positive(dy, saved, 0, grad_input=dy)
+            case "tanh":
+                return aten.tanh_backward(dy, saved)
+            case "sigmoid":
+                return aten.sigmoid_backward(dy, saved)
+            case "gelu":
+                return aten.gelu_backward(dy, saved, approximate=str(self.setting))
+            case "silu":
+                return aten.silu_backward(dy, saved)
+            case _:
+                return aten.leaky_relu_backward(dy, saved, float(self.setting), False)
+
+
+@dataclass(frozen=True)
+class Norm:
+    """Layer or group normalisation: `groups` of features are centred and scaled per sample.
+
+    The features of one sample are `entries * span`, one weight and bias for each entry; with
+    `sequence` every position is normalised by itself.
+    """
+
+    weight: str | None
+    bias: str | None
+    groups: int
+    entries: int
+    eps: float
+    sequence: bool
+
+    def forward(self, run: Pass, x: Tensor) -> tuple[Tensor, Any]:
+        rows, batch = x.shape[0], x.shape[-1]
+        width = batch * x.shape[2] if self.sequence else batch
+        grouped = x.reshape(rows, self.groups, -1, width)
+        variance, mean = torch.var_mean(grouped, 2, correction=0, keepdim=True)
+        inverse = torch.rsqrt(variance + self.eps)
+        unit = (grouped - mean) * inverse
+        y = unit.view(rows, self.entries, -1, width)
+        if self.weight:
+            y = y * run.params[self.weight].reshape(-1, self.entries, 1, 1)
+        if self.bias:
+            y = y + run.params[self.bias].reshape(-1, self.entries, 1, 1)
+        return y.view(y.shape[0], *x.shape[1:]), (unit, inverse, x.shape)
+
+    def backward(self, run: Pass, saved: Any, dy: Tensor, wanted: bool) -> Tensor | None:
+        unit, inverse, shape = saved
+        rows, width = dy.shape[0], unit.shape[-1]
+        g = dy.reshape(rows, self.entries, -1, width)
+        for name, value in (
+            (self.weight, g * unit.view(unit.shape[0], self.entries, -1, width)),
+            (self.bias, g),
+        ):
+            if not name:
+                continue
+            if run.grads is not None:
+                run.grads[name].copy_(value.sum((2, 3)).view(run.grads[name].shape))
+            if run.squares is not None:
+                # A sequence's positions belong to one sample: they add up before the square.
+                each = value.reshape(rows, self.entries, -1, dy.shape[-1])
+                run.squares += each.sum(2).square().sum(1)
+        if not wanted:
+            return None
+        if self.weight:
+            g = g * run.params[self.weight].reshape(rows, self.entries, 1, 1)
+        g = g.reshape(rows, self.groups, -1, width)
+        tilt = (g * unit).mean(2, keepdim=True)
+        dx = (g - g.mean(2, keepdim=True) - unit * tilt) * inverse
+        return dx.view(rows, *shape[1:])
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """Rows of a table by position: whole numbers `[rows, positions, batch]` to a sequence."""
+
+    weight: str
+
+    def forward(self, run: Pass, x: Tensor) -> tuple[Tensor, Any]:
+        table = run.params[self.weight]
+        rows, entries, features = table.shape
+        flat = x.reshape(x.shape[0], -1).expand(rows, -1)
+        base = torch.arange(rows, device=x.device).unsqueeze(-1) * entries
+        index = (flat + base).reshape(-1)
+        y = table.reshape(rows * entries, features).index_select(0, index)
+        y = y.view(rows, -1, features).transpose(1, 2).contiguous()
+        return y.view(rows, features, *x.shape[1:]), (index, x)
+
+    def backward(self, run: Pass, saved: Any, dy: Tensor, wanted: bool) -> Tensor | None:
+        index, x = saved
+        rows, entries, features = run.params[self.weight].shape
+        flat = joined(dy).transpose(1, 2).reshape(-1, features)
+        if run.grads is not None:
+            table = flat.new_zeros((rows * entries, features)).index_add_(0, index, flat)
+            run.grads[self.weight].copy_(table.view(rows, entries, features))
+        if run.squares is not None:
+            # Positions of one sample that name the same entry add up before the square.
+            each = dy.permute(0, 3, 2, 1)
+            same = x.permute(0, 2, 1).unsqueeze(-1) == x.permute(0, 2, 1).unsqueeze(-2)
+            run.squares += (torch.matmul(each, each.transpose(-1, -2)) * same).sum((2, 3))
+        return None
+
+
+@dataclass(frozen=True)
+class Flatten:
+    """All features of a sample as one vector, in the order in which the module has them."""
+
+    sequence: bool
+
+    def forward(self, run: Pass, x: Tensor) -> tuple[Tensor, Any]:
+        shape = x.shape
+        if self.sequence:
+            x = x.transpose(1, 2)
+        return x.reshape(shape[0], -1, shape[-1]), shape
+
+    def backward(self, run: Pass, saved: Any, dy: Tensor, wanted: bool) -> Tensor | None:
+        if not wanted:
+            return None
+        if not self.sequence:
+            return dy.view(dy.shape[0], *saved[1:])
+        _, features, positions, batch = saved
+        return dy.view(dy.shape[0], positions, features, batch).transpose(1, 2)

@@ -7,21 +7,27 @@ built once per topology and period and then shared, so the tensors handed out mu
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 import torch
 from scipy import sparse
-from scipy.sparse import csgraph
 from torch import Tensor
 
-from shoal.base import keyed
 from shoal.base.errors import UsageError
-from shoal.parts.topology._spectrum import spectral_gap
-from shoal.tensor.types import Index, Mask, Weight
+from shoal.parts.topology._measures import (
+    as_csr,
+    average_path_length,
+    check_mixing,
+    components,
+    metropolis_on_live_subgraph,
+    spectral_gap,
+)
+from shoal.tensor.types import Index, Weight
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -29,10 +35,14 @@ if TYPE_CHECKING:
 __all__ = [
     "GraphTopology",
     "Mixing",
-    "adjacency_of",
+    "as_csr",
     "average_path_length",
+    "both_ways",
     "check_mixing",
+    "check_settings",
+    "circulant",
     "components",
+    "connected",
     "metropolis_on_live_subgraph",
     "spectral_gap",
 ]
@@ -173,10 +183,62 @@ def _weights(topology: GraphTopology, period: int) -> Tensor:
     off_diagonal = sparse.csr_array((graph.weight, graph.heard, graph.heard_start), shape=shape)
     matrix = (off_diagonal + sparse.diags_array(graph.own, format="csr")).tocsr()
     matrix.sort_indices()
-    return torch.sparse_csr_tensor(
-        torch.from_numpy(matrix.indptr.astype(np.int64)),
-        torch.from_numpy(matrix.indices.astype(np.int64)),
-        torch.from_numpy(matrix.data),
-        size=shape,
-        check_invariants=True,
-    )
+    with warnings.catch_warnings():
+        # torch announces once per process that its CSR format is in beta.
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support")
+        return torch.sparse_csr_tensor(
+            torch.from_numpy(matrix.indptr.astype(np.int64)),
+            torch.from_numpy(matrix.indices.astype(np.int64)),
+            torch.from_numpy(matrix.data),
+            size=shape,
+            check_invariants=True,
+        )
+
+
+def check_settings(topology: GraphTopology) -> None:
+    """Raise UsageError unless `peers` and `mixing` are sound; each part calls it first."""
+    name = type(topology).__name__
+    if topology.peers < 1:
+        raise UsageError(f"{name}: peers={topology.peers}; need at least 1 (raise it)")
+    if topology.mixing not in get_args(Mixing):
+        raise UsageError(
+            f"{name}: mixing={topology.mixing!r}; need one of {', '.join(get_args(Mixing))}"
+        )
+
+
+def both_ways(pairs: Iterable[tuple[int, int]] | NDArray[np.int64]) -> NDArray[np.int64]:
+    """Undirected pairs [edges, 2] as arcs [2 edges, 2]; loops are dropped."""
+    array = pairs if isinstance(pairs, np.ndarray) else np.array(list(pairs), dtype=np.int64)
+    array = array.reshape(-1, 2)
+    array = array[array[:, 0] != array[:, 1]]
+    return np.concatenate((array, array[:, ::-1]))
+
+
+def circulant(peers: int, offsets: Iterable[int]) -> NDArray[np.int64]:
+    """Arcs from every peer i to i + offset (modulo peers), for each distinct offset but 0.
+
+    >>> circulant(3, (1, 4, 3)).tolist()
+    [[0, 1], [1, 2], [2, 0]]
+    """
+    steps = np.array(sorted({offset % peers for offset in offsets} - {0}), dtype=np.int64)
+    source = np.repeat(np.arange(peers, dtype=np.int64), len(steps))
+    return np.stack((source, (source + np.tile(steps, peers)) % peers), axis=1)
+
+
+def connected(
+    draw: Callable[[int], NDArray[np.int64]], peers: int, failure: str
+) -> tuple[NDArray[np.int64], int]:
+    """The first connected graph among `draw(0)`, `draw(1)`, ..., and its number.
+
+    Drawing again until connected is the random graph conditioned on being connected. After 100
+    attempts the setting counts as impossible: UsageError, with `failure` as the reason and repair.
+    """
+    for attempt in range(ATTEMPTS):
+        arcs = draw(attempt)
+        if len(arcs) < 2 * (peers - 1):
+            continue  # fewer edges than a tree
+        ones = np.ones(len(arcs), dtype=bool)
+        matrix = sparse.csr_array((ones, (arcs[:, 1], arcs[:, 0])), shape=(peers, peers))
+        if int(components(matrix).max()) == 0:
+            return arcs, attempt
+    raise UsageError(f"{failure}; none of {ATTEMPTS} draws was connected")

@@ -36,6 +36,8 @@ def to_bits(values: np.ndarray, width: int) -> Bits:
     """
     if width == 0:
         return np.empty(0, np.uint8)
+    if width == 1:
+        return values.astype(np.uint8, copy=False)
     kind = _unsigned(width)
     octets = values.astype(kind, copy=False).reshape(-1, 1).view(np.uint8)
     return np.unpackbits(octets, axis=1, bitorder="little", count=width).reshape(-1)
@@ -45,6 +47,8 @@ def from_bits(bits: Bits, width: int, count: int) -> np.ndarray:
     """Inverse of `to_bits`: int64 [count] (uint8 for widths up to 8)."""
     if width == 0:
         return np.zeros(count, np.uint8)
+    if width == 1:
+        return bits
     kind = _unsigned(width)
     rows = bits.reshape(count, width)
     if width % 8:
@@ -86,11 +90,17 @@ class Reader:
         self._at, start = end, self._at
         return self._bits[start:end]
 
+    def close(self) -> int:
+        """Bytes used so far; the rest of the last one must be zeros: one vector, one encoding."""
+        used = (self._at + 7) // 8
+        if self._bits[self._at : 8 * used].any():
+            raise DecodeError(f"{self._who}: padding that is not 0 (corrupted bytes)")
+        return used
+
     def finish(self) -> None:
-        """Refuse left-over bytes and padding that is not zero: one vector, one encoding."""
-        rest = self._bits[self._at :]
-        if len(rest) >= 8 or rest.any():
-            raise DecodeError(f"{self._who}: {len(rest)} bits too many, or padding that is not 0")
+        """Refuse left-over bytes too."""
+        if 8 * self.close() != len(self._bits):
+            raise DecodeError(f"{self._who}: {len(self._bits) - self._at} bits left over")
 
 
 def packed_bytes(count: int, width: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -17,7 +18,6 @@ from shoal.parts.transform.base import (
     bytes_at,
     dtype_by_length,
     flat_view,
-    per_row,
     raw,
     tensor_at,
 )
@@ -31,8 +31,10 @@ class Sparse(TensorPayload):
     On the wire: k values in their own dtype, then k positions of ceil(log2 dim) bits.
     """
 
-    values: Tensor = per_row(1)
-    index: Index = per_row(1)
+    ranks: ClassVar[dict[str, int]] = {"values": 1, "index": 1}
+
+    values: Tensor
+    index: Index
     dim: int
 
     def row_bytes(self) -> int:
@@ -61,6 +63,4 @@ def unpack_sparse(data: Buffer, keep: int, dim: int, who: str) -> Sparse:
     index = unpack_integers(bytes_at(view, start, packed), width, keep, who).astype(np.int64)
     if index[-1] >= dim or (index[1:] <= index[:-1]).any():
         raise DecodeError(f"{who}: positions must ascend and stay below {dim} (corrupted bytes)")
-    return Sparse(
-        values=tensor_at(view, 0, keep, dtype), index=torch.from_numpy(index), dim=dim
-    )
+    return Sparse(values=tensor_at(view, 0, keep, dtype), index=torch.from_numpy(index), dim=dim)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import math
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
@@ -22,43 +21,36 @@ from torch import Tensor
 from shoal import parts
 from shoal.base.errors import DecodeError, UsageError
 from shoal.tensor.flat import FlatSpec
-from shoal.tensor.types import Key, Scalar, Vector
+from shoal.tensor.types import Scalar, Vector
 
 FLOATS = (torch.float32, torch.float64)
 Settings = tuple[tuple[str, Any], ...]
 Buffer = bytes | bytearray | memoryview
 
-# Torch warns once per process that received bytes are read-only. Messages are immutable by rule,
-# so the one warning is used up here, where it can be silenced without touching other filters.
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    torch.frombuffer(bytes(4), dtype=torch.float32)
-
-
-def per_row(rank: int) -> Any:
-    """A payload field: a tensor `[..., *]` with `rank` axes of its own behind the leading ones."""
-    return field(metadata={"rank": rank})
+ALIGNMENT = 64
+"""Where torch puts its own tensors; kernels may round otherwise at other addresses."""
 
 
 @dataclass(frozen=True, eq=False)
 class TensorPayload:
-    """Base of payloads. Fields made by `per_row` are tensors, all others hashable constants.
+    """Base of payloads: dataclasses of tensors with leading axes, and of hashable constants.
 
-    By default a row's bytes are its tensors in order, raw and little-endian; a payload that packs
-    tighter overrides `row_bytes` (equal for all rows) or `size_bytes`, and `pack`.
+    ranks: for each tensor field, how many axes it has behind the leading ones, in wire order.
+    By default a row's bytes are its tensors in that order, raw and little-endian; a payload that
+    packs tighter overrides `row_bytes` (equal for all rows) or `size_bytes`, and `pack`.
     """
+
+    ranks: ClassVar[dict[str, int]] = {}
 
     @property
     def lead(self) -> torch.Size:
         """The leading axes."""
-        for item in fields(self):
-            if "rank" in item.metadata:
-                tensor: Tensor = getattr(self, item.name)
-                return tensor.shape[: tensor.dim() - item.metadata["rank"]]
-        raise TypeError(f"{type(self).__name__} has no field made by per_row")
+        name, rank = next(iter(self.ranks.items()))
+        shape: torch.Size = getattr(self, name).shape
+        return shape[: len(shape) - rank]
 
     def _tensors(self) -> list[Tensor]:
-        return [getattr(self, item.name) for item in fields(self) if "rank" in item.metadata]
+        return [getattr(self, name) for name in self.ranks]
 
     def row_bytes(self) -> int:
         """Exact bytes of one row."""
@@ -93,7 +85,9 @@ class TensorPayload:
 class Dense(TensorPayload):
     """The vector as it is."""
 
-    values: Vector = per_row(1)
+    ranks: ClassVar[dict[str, int]] = {"values": 1}
+
+    values: Vector
 
 
 def array(tensor: Tensor) -> np.ndarray:
@@ -104,7 +98,7 @@ def array(tensor: Tensor) -> np.ndarray:
 
 def raw(tensor: Tensor) -> bytes | memoryview:
     """A tensor's bytes, without a copy where possible."""
-    return memoryview(array(tensor).reshape(-1)).cast("B") if tensor.numel() else b""
+    return array(tensor).reshape(-1).data.cast("B") if tensor.numel() else b""
 
 
 def flat_view(data: Buffer) -> memoryview:
@@ -116,13 +110,19 @@ def flat_view(data: Buffer) -> memoryview:
 
 
 def tensor_at(data: memoryview, offset: int, count: int, dtype: torch.dtype) -> Tensor:
-    """`count` numbers that start at byte `offset`; a view of aligned buffers, else a copy."""
-    if count == 0:
-        return torch.empty(0, dtype=dtype)
+    """`count` numbers that start at byte `offset`: a view of writable, aligned buffers.
+
+    Others are copied: torch has no read-only tensors, and a result must not depend on where in
+    memory its bytes lay.
+    """
     piece = data[offset : offset + count * dtype.itemsize]
-    if np.frombuffer(piece, np.uint8).__array_interface__["data"][0] % dtype.itemsize:
-        piece = memoryview(bytearray(piece))
-    return torch.frombuffer(piece, dtype=dtype)
+    if count and not piece.readonly:
+        octets = torch.frombuffer(piece, dtype=torch.uint8)
+        if octets.data_ptr() % ALIGNMENT == 0:
+            return octets.view(dtype)
+    numbers = torch.empty(count, dtype=dtype, device="cpu")
+    numbers.view(torch.uint8).numpy()[:] = np.frombuffer(piece, np.uint8)
+    return numbers
 
 
 def bytes_at(data: memoryview, offset: int, count: int) -> np.ndarray:
@@ -241,8 +241,7 @@ def plain_settings(value: Any) -> Any:
 def made(name: str, settings: Settings, spec: FlatSpec | None = None) -> Any:
     """The transform of that name with these settings, bound when there is a layout."""
     fine = isinstance(settings, tuple) and all(
-        isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str)
-        for pair in settings
+        isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str) for pair in settings
     )
     if not fine:
         raise UsageError(f"{name}: settings={settings!r}; need (name, value) pairs or a mapping")
@@ -253,10 +252,3 @@ def made(name: str, settings: Settings, spec: FlatSpec | None = None) -> Any:
             raise UsageError(f"{name}: no setting {key!r}; there are {', '.join(known) or 'none'}")
     transform = kind(**dict(settings))
     return transform if spec is None else transform.bind(spec)
-
-
-__all__ = [
-    "FLOATS", "Buffer", "Codec", "Dense", "Key", "Settings", "TensorPayload", "array", "bytes_at",
-    "check_number", "dtype_by_length", "flat_view", "made", "per_row", "plain_settings", "raw",
-    "spread", "tensor_at", "vector_norm",
-]

@@ -29,6 +29,7 @@ class Chain(Codec):
     the key folded with i, so that two noises are independent.
     Source: the postprocessors of Granqvist et al. 2024 (arXiv 2404.06430).
 
+    >>> import torch
     >>> codec = Chain((("clip_and_noise", {"noise_multiplier": 0.0}), ("top_k", {"fraction": 0.5})))
     >>> x = torch.tensor([3., 4.])
     >>> payload, _ = codec.encode(x, codec.init(x), torch.tensor(0))
@@ -52,8 +53,10 @@ class Chain(Codec):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stages", plain_settings(self.stages))
-        shaped = isinstance(self.stages, tuple) and len(self.stages) > 0 and all(
-            isinstance(stage, tuple) and len(stage) == 2 for stage in self.stages
+        shaped = (
+            isinstance(self.stages, tuple)
+            and len(self.stages) > 0
+            and all(isinstance(stage, tuple) and len(stage) == 2 for stage in self.stages)
         )
         if not shaped:
             raise UsageError(

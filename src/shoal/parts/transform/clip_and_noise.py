@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-
 from shoal.parts.transform.base import Buffer, Codec, Dense, check_number, vector_norm
 from shoal.parts.transform.identity import unpack_dense
 from shoal.tensor.keyed import fold, grid, normal
@@ -21,6 +20,7 @@ class ClipAndNoise(Codec):
     elsewhere, and only if the key stays secret. The message stays dense: dim * itemsize bytes.
     Source: McMahan et al. 2018, algorithm 1 (arXiv 1710.06963), noise added at the sender.
 
+    >>> import torch
     >>> codec = ClipAndNoise(clip=1.0, noise_multiplier=0.0)
     >>> payload, _ = codec.encode(torch.tensor([3., 4.]), None, torch.tensor(0))
     >>> codec.decode(payload)
@@ -33,7 +33,9 @@ class ClipAndNoise(Codec):
     dense: ClassVar[bool] = True
     adds_noise: ClassVar[bool] = True
     examples: ClassVar[tuple[dict[str, Any], ...]] = (
-        {}, {"clip": 0.5, "noise_multiplier": 0.0}, {"clip": 10.0, "noise_multiplier": 0.01},
+        {},
+        {"clip": 0.5, "noise_multiplier": 0.0},
+        {"clip": 10.0, "noise_multiplier": 0.01},
     )
 
     def __post_init__(self) -> None:
@@ -41,7 +43,10 @@ class ClipAndNoise(Codec):
             "clip_and_noise", "clip", self.clip, "a finite number > 0", 0 < self.clip < math.inf
         )
         check_number(
-            "clip_and_noise", "noise_multiplier", self.noise_multiplier, "a finite number >= 0",
+            "clip_and_noise",
+            "noise_multiplier",
+            self.noise_multiplier,
+            "a finite number >= 0",
             0 <= self.noise_multiplier < math.inf,
         )
 
@@ -59,5 +64,3 @@ class ClipAndNoise(Codec):
 
     def unpack(self, data: Buffer) -> Dense:
         return unpack_dense(data, None if self.spec is None else self.spec.dim, self._name)
-
-

@@ -56,7 +56,10 @@ class DeepGradient(Codec):
             "deep_gradient", "momentum", self.momentum, "0 <= momentum < 1", 0 <= self.momentum < 1
         )
         check_number(
-            "deep_gradient", "clip", self.clip, "a finite number >= 0 (0 = off)",
+            "deep_gradient",
+            "clip",
+            self.clip,
+            "a finite number >= 0 (0 = off)",
             0 <= self.clip < math.inf,
         )
 
@@ -76,9 +79,7 @@ class DeepGradient(Codec):
         # A broken entry must not poison the memory for all rounds to come, so it is cleared too.
         keep = (unsent.isfinite() & velocity.isfinite()).scatter(-1, index, False)
         zero = torch.zeros_like(x)
-        return payload, Memory(
-            torch.where(keep, velocity, zero), torch.where(keep, unsent, zero)
-        )
+        return payload, Memory(torch.where(keep, velocity, zero), torch.where(keep, unsent, zero))
 
     def decode(self, payload: Sparse) -> Vector:
         return payload.dense()

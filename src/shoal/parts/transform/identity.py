@@ -19,7 +19,7 @@ from shoal.tensor.types import Key, Vector
 
 
 def unpack_dense(data: Buffer, dim: int | None, who: str) -> Dense:
-    """A row of raw numbers as a view of the buffer; float32 when the length is not given."""
+    """A row of raw numbers, a view where `tensor_at` allows; float32 if the length is not given."""
     view = flat_view(data)
     if dim is not None:
         dtype = dtype_by_length(view, 0, dim, who)
@@ -32,10 +32,10 @@ def unpack_dense(data: Buffer, dim: int | None, who: str) -> Dense:
 
 @dataclass(frozen=True)
 class Identity(Codec):
-    """The vector as it is: dim * itemsize bytes, without a copy on either side.
+    """The vector as it is: dim * itemsize bytes, packed without a copy.
 
-    The payload aliases the encoded vector, and an unpacked vector aliases the buffer it came from:
-    both must stay unchanged, as everything that is sent.
+    The payload aliases the encoded vector, which must stay unchanged, as everything that is sent;
+    an unpacked vector is a view of the buffer it came from if that is writable and aligned.
 
     >>> import torch
     >>> payload, _ = Identity().encode(torch.ones(3), None, torch.tensor(0))

@@ -21,7 +21,6 @@ from shoal.parts.transform.base import (
     check_number,
     dtype_by_length,
     flat_view,
-    per_row,
     raw,
     spread,
     tensor_at,
@@ -39,8 +38,10 @@ class Levels(TensorPayload):
     codes + levels in ceil(log2(2 * levels + 1)) bits.
     """
 
-    norm: Scalar = per_row(1)
-    codes: Tensor = per_row(1)
+    ranks: ClassVar[dict[str, int]] = {"norm": 1, "codes": 1}
+
+    norm: Scalar
+    codes: Tensor
     levels: int
     groups: tuple[int, ...]
 
@@ -76,7 +77,9 @@ class Qsgd(Codec):
 
     unbiased: ClassVar[bool] = True
     examples: ClassVar[tuple[dict[str, Any], ...]] = (
-        {}, {"levels": 1}, {"levels": 4, "per_layer": True},
+        {},
+        {"levels": 1},
+        {"levels": 4, "per_layer": True},
     )
 
     def __post_init__(self) -> None:

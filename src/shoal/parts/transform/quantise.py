@@ -18,7 +18,6 @@ from shoal.parts.transform.base import (
     check_number,
     dtype_by_length,
     flat_view,
-    per_row,
     raw,
     spread,
     tensor_at,
@@ -34,9 +33,11 @@ class Grid(TensorPayload):
     low, step: [..., groups]; codes: uint8 [..., dim]. On the wire: low, step, codes of `bits` bits.
     """
 
-    low: Scalar = per_row(1)
-    step: Scalar = per_row(1)
-    codes: Tensor = per_row(1)
+    ranks: ClassVar[dict[str, int]] = {"low": 1, "step": 1, "codes": 1}
+
+    low: Scalar
+    step: Scalar
+    codes: Tensor
     bits: int
     groups: tuple[int, ...]
 
@@ -71,7 +72,7 @@ class Quantise(Codec):
     per_layer: bool = False
 
     examples: ClassVar[tuple[dict[str, Any], ...]] = (
-        *({"bits": bits} for bits in range(1, 9)),
+        *({"bits": bits} for bits in (1, 2, 3, 5, 7, 8)),
         {"bits": 3, "per_layer": True},
         {"bits": 4, "rounding": "nearest"},
     )
@@ -79,7 +80,10 @@ class Quantise(Codec):
     def __post_init__(self) -> None:
         check_number("quantise", "bits", self.bits, "1 to 8", self.bits in range(1, 9))
         check_number(
-            "quantise", "rounding", self.rounding, "'stochastic' or 'nearest'",
+            "quantise",
+            "rounding",
+            self.rounding,
+            "'stochastic' or 'nearest'",
             self.rounding in ("stochastic", "nearest"),
         )
 

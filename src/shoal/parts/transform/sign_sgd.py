@@ -17,7 +17,6 @@ from shoal.parts.transform.base import (
     bytes_at,
     dtype_by_length,
     flat_view,
-    per_row,
     raw,
     spread,
     tensor_at,
@@ -29,8 +28,10 @@ from shoal.tensor.types import Key, Scalar, Vector
 class Signs(TensorPayload):
     """Entry i is +scale or -scale of its group. scale: [..., groups]; positive: bool [..., dim]."""
 
-    scale: Scalar = per_row(1)
-    positive: Tensor = per_row(1)
+    ranks: ClassVar[dict[str, int]] = {"scale": 1, "positive": 1}
+
+    scale: Scalar
+    positive: Tensor
     groups: tuple[int, ...]
 
     def row_bytes(self) -> int:

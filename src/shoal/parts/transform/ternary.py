@@ -20,7 +20,6 @@ from shoal.parts.transform.base import (
     check_number,
     dtype_by_length,
     flat_view,
-    per_row,
     raw,
     spread,
     tensor_at,
@@ -38,8 +37,10 @@ class Trits(TensorPayload):
     On the wire: scales, then five codes a byte in base 3 (1.6 bits per entry; entropy 1.585).
     """
 
-    scale: Scalar = per_row(1)
-    codes: Tensor = per_row(1)
+    ranks: ClassVar[dict[str, int]] = {"scale": 1, "codes": 1}
+
+    scale: Scalar
+    codes: Tensor
     groups: tuple[int, ...]
 
     def row_bytes(self) -> int:
@@ -74,12 +75,17 @@ class Ternary(Codec):
     clip_deviations: float = 0.0
 
     examples: ClassVar[tuple[dict[str, Any], ...]] = (
-        {}, {"per_layer": True}, {"per_layer": True, "clip_deviations": 2.5},
+        {},
+        {"per_layer": True},
+        {"per_layer": True, "clip_deviations": 2.5},
     )
 
     def __post_init__(self) -> None:
         check_number(
-            "ternary", "clip_deviations", self.clip_deviations, "a number >= 0 (0 = no clipping)",
+            "ternary",
+            "clip_deviations",
+            self.clip_deviations,
+            "a number >= 0 (0 = no clipping)",
             0 <= self.clip_deviations < math.inf,
         )
 

@@ -31,7 +31,10 @@ class TopK(Codec):
     fraction: float = 0.01
 
     examples: ClassVar[tuple[dict[str, Any], ...]] = (
-        {}, {"fraction": 0.3}, {"fraction": 1.0}, {"fraction": 1e-9},
+        {},
+        {"fraction": 0.3},
+        {"fraction": 1.0},
+        {"fraction": 1e-9},
     )
 
     def __post_init__(self) -> None:

@@ -1,0 +1,494 @@
+"""All peers of all seeds as one tensor: a round is a few calls on `[seeds * peers, dim]`.
+
+Rows of different seeds never meet: they are worlds of their own that share the arithmetic. Times
+are tensors too, so faults, loss and deadlines give the same deliveries as the event engine.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shoal.base.digest import bytes_digest
+from shoal.base.errors import UsageError
+from shoal.base.stopwatch import Stopwatch
+from shoal.engine.executor import Executor, Local
+from shoal.engine.lockstep.traffic import Slots
+from shoal.engine.lockstep.world import World
+from shoal.rounds import method as phases
+from shoal.rounds.adapter import Model, Update
+from shoal.rounds.adversary import craft
+from shoal.rounds.attack import Knowledge
+from shoal.rounds.measure import Measure
+from shoal.rounds.method import Method, Wave
+from shoal.rounds.strategy import Heard
+from shoal.tensor import keyed, tree
+from shoal.wire.codec import size_of
+from shoal.wire.message import Packed
+from shoal.world.network import Network
+from shoal.world.record import Run
+
+
+@dataclass(frozen=True)
+class LockstepSettings:
+    """chunk_bytes: most bytes of parameters that one call works on; bounds memory, and never
+    depends on how much happens to be free."""
+
+    chunk_bytes: int = 1 << 26
+
+    def __post_init__(self) -> None:
+        if self.chunk_bytes < 1:
+            raise UsageError(f"chunk_bytes={self.chunk_bytes}; need a positive number")
+
+
+def run_lockstep(
+    methods: Sequence[Method], networks: Sequence[Network], *,
+    settings: LockstepSettings | None = None, measures: Sequence[Measure] | None = None,
+    executor: Executor | None = None, progress: Callable[[int], None] | None = None,
+) -> list[Run]:  # fmt: skip
+    """Run one method per seed, all seeds together; one `Run` each, in order.
+
+    The methods must be equal but for seed, task and exchange, and their tasks must be able to
+    share a table (see `Task.joined`): the first method's strategy, aggregator and transform serve
+    all.
+    """
+    return Lockstep(
+        methods, networks, settings or LockstepSettings(), measures, executor or Local()
+    ).run(progress)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """Local work of some rows."""
+
+    state: Any
+    codec: Any
+    size_bytes: Tensor
+    sent: Tensor
+    weight: Tensor | None
+    extra: Mapping[str, Tensor]
+
+
+def _work(
+    state: Any, received: Tensor | None, codec: Any, shard: Any, keys: Tensor, method: Method,
+    round: int,
+) -> _Work:  # fmt: skip
+    if received is None:
+        done = phases.work(state, codec, shard, keys, method, round)
+    else:
+        done = phases.adopt_and_work(state, received, codec, shard, keys, method, round)
+    state, codec, payload, sent, weight, extra = done
+    # Receivers see `sent`, so only the payload's size is needed: lockstep never packs.
+    return _Work(state, codec, payload.size_bytes(), sent, weight, dict(extra))
+
+
+class _Stub:
+    """A payload of no bytes: what a frame takes beside its payload."""
+
+    def byte_count(self) -> int:
+        return 0
+
+
+class Lockstep:
+    """One execution; see `run_lockstep`."""
+
+    def __init__(
+        self, methods: Sequence[Method], networks: Sequence[Network], settings: LockstepSettings,
+        measures: Sequence[Measure] | None, executor: Executor,
+    ) -> None:  # fmt: skip
+        if not methods or len(methods) != len(networks):
+            raise UsageError(f"lockstep: {len(methods)} methods for {len(networks)} networks")
+        self.first = first = methods[0]
+        if len({(m.rounds, m.round_s, m.exchange.hub, m.byzantine, m.peers) for m in methods}) > 1:
+            raise UsageError(
+                "lockstep: seeds that run together must have equal peers, rounds, hub and attackers"
+            )
+        found = measures or [None] * len(methods)
+        self.worlds = [
+            World(m, n, measure, i * first.peers)
+            for i, (m, n, measure) in enumerate(zip(methods, networks, found, strict=True))
+        ]
+        self.settings = settings
+        self.executor = executor
+        self.shared = first
+        if len(methods) > 1:
+            joined = first.task.joined([m.task for m in methods])
+            self.shared = replace(first, task=joined, worlds=len(methods))
+        self.total = first.peers * len(methods)
+        self.hub = first.exchange.hub
+        self.hub_rows = torch.tensor([w.offset + (self.hub or 0) for w in self.worlds])
+        initial = torch.stack([m.initial for m in methods])
+        everyone = initial.repeat_interleave(first.peers, 0)
+        self.state = first.strategy.init(everyone)
+        self.codec = first.transform.init(everyone)
+        self.hub_state = first.strategy.init(initial) if self.hub is not None else None
+        self.adopted = everyone
+        restarts = any(f.until is not None for n in networks for f in n.faults)
+        self.fresh = (self.state, self.codec, self.hub_state) if restarts else None
+        self.saved = self.fresh
+        self.shards = self._shards(methods)
+
+    def _shards(self, methods: Sequence[Method]) -> list[tuple[Tensor, Any]]:
+        """Groups of rows whose shards have one structure: (rows, stacked shards)."""
+        task, attack = self.shared.task, self.first.attack
+        every = torch.arange(self.total)
+        shard = task.shard(every)
+        if attack is None or not self.first.byzantine:
+            return [(every, shard)]
+        byzantine = torch.tensor(self.first.byzantine)
+        rows = torch.cat([byzantine + w.offset for w in self.worlds])
+        keys = torch.cat([keyed.fold(keyed.key_of(m.seed, "poison"), byzantine) for m in methods])
+        poisoned = attack.poison(task, tree.select(shard, rows), keys)
+        honest = torch.ones_like(every, dtype=torch.bool)
+        honest[rows] = False
+        kept = honest.nonzero().flatten()
+        return [(kept, tree.select(shard, kept)), (rows, poisoned)]
+
+    def run(self, progress: Callable[[int], None] | None) -> list[Run]:
+        watch = Stopwatch()
+        for round in range(self.first.rounds):
+            self._round(round)
+            if progress is not None:
+                progress(round + 1)
+        return [self._finish(world, watch) for world in self.worlds]
+
+    def _finish(self, world: World, watch: Stopwatch) -> Run:
+        run = world.run
+        run.virtual_s = world.ended_s
+        run.happenings = world.timeline.happenings(run.virtual_s)
+        run.bytes_sent = world.bytes_sent.tolist()
+        run.bytes_received = world.bytes_received.tolist()
+        params = self._params()[world.rows]
+        run.final = dict(enumerate(params))
+        run.state_digest = bytes_digest(memoryview(params.contiguous().cpu().numpy()).cast("B"))
+        run.settings = asdict(self.settings)
+        if world.measure is not None:
+            run.rows.extend(world.measure.rows())
+        run.wall_s, run.cpu_s = watch.wall_s / len(self.worlds), watch.cpu_s / len(self.worlds)
+        return run
+
+    def _params(self) -> Tensor:
+        if self.hub is None:
+            return self.first.strategy.params(self.state)
+        hub = self.first.strategy.params(self.hub_state)
+        return self.adopted.index_copy(0, self.hub_rows, hub)
+
+    # One round.
+
+    def _round(self, round: int) -> None:
+        worlds = self.worlds
+        for world in worlds:
+            world.begin(round)
+            self._renew(world)
+        keys = torch.cat([keyed.fold(w.key, w.peers, "round", round) for w in worlds])
+        received = self._down(round) if self.hub is not None else None
+        on = torch.cat([w.on for w in worlds])
+        work = self._work(on, keys, round, received)
+        current, extra, codec, size = work.sent, work.extra, work.codec, work.size_bytes
+        waves = [w.method.waves(round) for w in worlds]
+        hops = len(waves[0])
+        for world in worlds:
+            world.work()
+        heard = Heard(current, on.to(torch.int64), extra)
+        for hop in range(hops):
+            if hop:
+                payload, codec, current = phases.encode(current, codec, keys, self.shared, hop)
+                size = payload.size_bytes()
+            outgoing, special = self._attacked(current, codec, keys, round, hop)
+            frame = size_of(_update(round, hop, work.weight, extra)) + ((size + 7) & ~7)
+            slots = [w.slots(hop, wave[hop]) for w, wave in zip(worlds, waves, strict=True)]
+            masks = [
+                w.exchange(hop, hops, s, frame[w.rows])
+                for w, s in zip(worlds, slots, strict=True)
+            ]
+            mesh = _Mesh(worlds, slots, masks, [wave[hop] for wave in waves])
+            heard = self._combine(mesh, current, outgoing, special, work.weight, extra)
+            current, extra = heard.vector, heard.extra
+        self._conclude(work, codec, heard, keys, round)
+        for world in worlds:
+            if world.measure is not None and world.method.reports(round):
+                times, present = self._reporting(world)
+                world.measure.stacked(round, times, present, self._params()[world.rows])
+
+    def _reporting(self, world: World) -> tuple[Tensor, Tensor]:
+        """(when, whether) each peer reports its parameters for this round."""
+        if self.hub is None:
+            return world.clock, world.done
+        times, present = world.received_s.clone(), world.on.clone()
+        times[self.hub] = world.clock[self.hub]
+        present[self.hub] = world.led
+        return times, present
+
+    def _renew(self, world: World) -> None:
+        """Peers that start again take the state of their last checkpoint, or a fresh one."""
+        for peer, kept in world.reset:
+            assert self.saved is not None
+            assert self.fresh is not None
+            source = self.saved if kept and self.first.checkpoint_every else self.fresh
+            row = torch.tensor([peer + world.offset])
+            self.state = _copied(self.state, source[0], row)
+            self.codec = _copied(self.codec, source[1], row)
+            if peer == self.hub:
+                which = torch.tensor([self.worlds.index(world)])
+                self.hub_state = _copied(self.hub_state, source[2], which)
+        world.reset.clear()
+
+    def _down(self, round: int) -> Tensor:
+        """The hub's parameters go to the active clients: [rows, dim] as each holds them now."""
+        params = self.first.strategy.params(self.hub_state)
+        size = size_of(Model(round, params[0]))
+        for world in self.worlds:
+            world.lead(round, size)
+        on = torch.cat([w.on for w in self.worlds])
+        if bool(on.all()):
+            self.adopted = params.repeat_interleave(self.first.peers, 0)
+        else:
+            rows = on.nonzero().flatten()
+            self.adopted = self.adopted.index_copy(0, rows, params[rows // self.first.peers])
+        return self.adopted
+
+    def _work(self, on: Tensor, keys: Tensor, round: int, received: Tensor | None) -> _Work:
+        """Local work of the rows that take part; the other rows keep what they had."""
+        pieces: list[_Work] = []
+        order: list[Tensor] = []
+        for rows, shard in self.shards:
+            inside = on[rows].nonzero().flatten()
+            if len(inside) == 0:
+                continue
+            whole = len(inside) == len(rows)
+            order.append(rows if whole else rows[inside])
+            mine = shard if whole else tree.select(shard, inside)
+            pieces.extend(self._chunks(order[-1], mine, keys, round, received))
+        if not pieces:
+            return _Work(self.state, self.codec, torch.zeros_like(keys), self._params(), None, {})
+        done = pieces[0] if len(pieces) == 1 else tree.merge_trees(torch.cat, pieces)
+        rows = torch.cat(order)
+        if len(rows) == self.total:
+            return done if len(order) == 1 else tree.select(done, torch.argsort(rows))
+        base = _Work(
+            self.state, self.codec, torch.zeros_like(keys), self._params(),
+            None if done.weight is None else done.weight.new_zeros(self.total),
+            {n: v.new_zeros((self.total, *v.shape[1:])) for n, v in done.extra.items()},
+        )  # fmt: skip
+        return tree.merge_trees(lambda pair: pair[0].index_copy(0, rows, pair[1]), [base, done])
+
+    def _chunks(
+        self, rows: Tensor, shard: Any, keys: Tensor, round: int, received: Tensor | None
+    ) -> list[_Work]:
+        """One group of rows, in parts that fit the memory bound and keep every worker busy."""
+        most = max(1, self.settings.chunk_bytes // (self.shared.task.spec.dim * 4))
+        if self.executor.workers > 1:
+            most = min(most, -(-len(rows) // self.executor.workers))
+        every = len(rows) == self.total
+        batches = []
+        for i in range(0, len(rows), most):
+            part = slice(i, min(i + most, len(rows)))
+            at: Any = part if every else rows[part]
+            batches.append(
+                (
+                    tree.select(self.state, at), None if received is None else received[at],
+                    tree.select(self.codec, at), tree.select(shard, part), keys[at], self.shared,
+                    round,
+                )
+            )  # fmt: skip
+        return self.executor.run(_work, batches)
+
+    def _attacked(
+        self, current: Tensor, codec: Any, keys: Tensor, round: int, hop: int
+    ) -> tuple[Tensor, list[_Lies]]:
+        """What receivers see [rows, dim], and what an equivocating attack tells each of them."""
+        attack = self.first.attack
+        if attack is None or not self.first.byzantine:
+            return current, []
+        outgoing = current.clone()
+        special: list[_Lies] = []
+        for world in self.worlds:
+            honest, byzantine = world.sides()
+            if not len(byzantine):
+                continue
+            rows, fair = byzantine + world.offset, honest + world.offset
+            made = current[rows]
+            if len(honest) or attack.knowledge is Knowledge.OWN:
+                method = replace(world.method, byzantine=tuple(byzantine.tolist()))
+                made = craft(method, round, hop, current[fair], current[rows])
+            state, mine = tree.select(codec, rows), keys[rows]
+            if made.dim() == 3:
+                receivers = made.shape[0]
+                state = tree.map_tree(
+                    lambda leaf, n=receivers: leaf.expand(n, *leaf.shape), state
+                )
+                mine = mine.expand(receivers, -1)
+            _, _, seen = phases.encode(made, state, mine, self.shared, hop)
+            if seen.dim() == 3:
+                special.append(_Lies(fair, rows, seen))
+                seen = seen[0]
+            outgoing[rows] = seen
+        return outgoing, special
+
+    def _combine(
+        self, mesh: _Mesh, current: Tensor, outgoing: Tensor, special: list[_Lies],
+        weight: Tensor | None, extra: Mapping[str, Tensor],
+    ) -> Heard:  # fmt: skip
+        """phases.combine for all receivers; rows that receive nothing keep their own vector."""
+        taught = None
+        if weight is not None:
+            taught = torch.cat((weight[mesh.receiver].unsqueeze(-1), weight[mesh.source]), -1)
+            taught = taught.to(torch.float64)
+        mask, share = phases.weights_of(mesh.mask, mesh.mixing, taught)
+        vector = self._aggregate(mesh, mask, share, current, outgoing, special)
+        portion = mask.to(torch.float64) if share is None else share
+        total = portion.sum(-1, keepdim=True)
+        alone = torch.zeros_like(portion)
+        alone[..., 0] = 1.0
+        portion = torch.where(total > 0, portion / torch.where(total > 0, total, 1.0), alone)
+        combined = {}
+        for name, value in extra.items():
+            rows = torch.cat((mesh.receiver.unsqueeze(-1), mesh.source), -1)
+            mixed = (value[rows] * _aligned(portion, value[rows])).sum(1)
+            combined[name] = _placed(value, mesh.receiver, mixed)
+        count = mesh.source.new_ones(self.total).index_copy(0, mesh.receiver, mask.sum(-1))
+        return Heard(_placed(current, mesh.receiver, vector), count, combined)
+
+    def _aggregate(
+        self, mesh: _Mesh, mask: Tensor, share: Tensor | None, current: Tensor, outgoing: Tensor,
+        special: list[_Lies],
+    ) -> Tensor:  # fmt: skip
+        """[receivers, dim] by one product for linear rules, else by gathered stacks in chunks."""
+        rule = self.first.aggregator
+        mix = getattr(rule, "mix", None)
+        if mix is not None and outgoing is current:
+            weights = mask.to(torch.float64) if share is None else share
+            mixed = mix(_matrix(mesh, weights, self.total), current)
+            heard = (weights > 0).any(-1, keepdim=True)
+            return torch.where(heard, mixed, current[mesh.receiver])
+        slots = mask.shape[-1]
+        step = max(1, self.settings.chunk_bytes // (4 * slots * current.shape[-1]))
+        results = []
+        for i in range(0, len(mesh.receiver), step):
+            part = slice(i, i + step)
+            receiver = mesh.receiver[part]
+            own = current[receiver]
+            x = torch.cat((own.unsqueeze(1), outgoing[mesh.source[part]]), 1)
+            for lies in special:
+                lies.tell(x, receiver, mesh.source[part])
+            weights = None if share is None else share[part]
+            results.append(rule(x, mask=mask[part], weight=weights, center=own))
+        return torch.cat(results)
+
+    def _conclude(
+        self, work: _Work, codec: Any, heard: Heard, keys: Tensor, round: int
+    ) -> None:
+        """strategy.apply, kept by the rows that lived to the end of the round."""
+        done = torch.cat([w.conclude() for w in self.worlds])
+        if self.hub is not None:
+            self._lead(heard, work, keys, round)
+            self.state = _kept(done, work.state, self.state)
+            self.codec = _kept(done, codec, self.codec)
+        else:
+            shard = self.shared.task.shard(torch.arange(self.total)) if len(self.shards) > 1 else self.shards[0][1]
+            made, _ = phases.apply(work.state, heard, work.sent, shard, keys, self.shared, round)
+            self.state = _kept(done, made, self.state)
+            self.codec = _kept(done, codec, self.codec)
+        every = self.first.checkpoint_every
+        if self.saved is not None and every and (round + 1) % every == 0:
+            self.saved = (
+                _kept(done, self.state, self.saved[0]), _kept(done, self.codec, self.saved[1]),
+                self.hub_state,
+            )  # fmt: skip
+
+    def _lead(self, heard: Heard, work: _Work, keys: Tensor, round: int) -> None:
+        """apply at the hubs."""
+        rows = self.hub_rows
+        led = torch.tensor([w.led for w in self.worlds])
+        if not bool(led.any()):
+            return
+        at = Heard(heard.vector[rows], heard.count[rows], {n: v[rows] for n, v in heard.extra.items()})
+        shard = self.shared.task.shard(rows)
+        made, _ = phases.apply(
+            self.hub_state, at, work.sent[rows], shard, keys[rows], self.shared, round
+        )
+        self.hub_state = _kept(led, made, self.hub_state)
+
+
+@dataclass(frozen=True)
+class _Lies:
+    """Equivocation in one seed: vectors [receivers, byzantine, dim] with their rows."""
+
+    receivers: Tensor
+    byzantine: Tensor
+    vectors: Tensor
+
+    def tell(self, x: Tensor, receiver: Tensor, source: Tensor) -> None:
+        """Put each receiver's own lies into its stack x [chunk, k + 1, dim]."""
+        who = (receiver.unsqueeze(-1) == self.receivers).nonzero()
+        for place, index in who.tolist():
+            slot, liar = (source[place].unsqueeze(-1) == self.byzantine).nonzero(as_tuple=True)
+            x[place, slot + 1] = self.vectors[index, liar]
+
+
+class _Mesh:
+    """A wave of all seeds on stacked rows: who hears whom, what arrived, mixing weights."""
+
+    def __init__(
+        self, worlds: list[World], slots: list[Slots], masks: list[Tensor], waves: list[Wave]
+    ) -> None:
+        width = max(s.source.shape[1] for s in slots)
+
+        def wide(tensor: Tensor) -> Tensor:
+            return torch.nn.functional.pad(tensor, (0, width - tensor.shape[1]))
+
+        pairs = list(zip(worlds, slots, strict=True))
+        self.receiver = torch.cat([s.receiver + w.offset for w, s in pairs])
+        self.source = torch.cat([wide(s.source) + w.offset for w, s in pairs])
+        self.mask = torch.cat(
+            [torch.nn.functional.pad(m, (0, width + 1 - m.shape[1])) for m in masks]
+        )
+        mixing = [wave.mixing for wave in waves]
+        self.mixing: Tensor | None = None
+        if all(m is not None for m in mixing):
+            self.mixing = torch.cat(
+                [torch.nn.functional.pad(m, (0, width + 1 - m.shape[1])) for m in mixing if m is not None]
+            )
+
+
+def _update(round: int, hop: int, weight: Tensor | None, extra: Mapping[str, Tensor]) -> Update:
+    one = {name: value[0] for name, value in extra.items()}
+    return Update(round, hop, Packed(_Stub()), None if weight is None else 1.0, one)  # type: ignore[arg-type]
+
+
+def _matrix(mesh: _Mesh, weights: Tensor, total: int) -> Tensor:
+    """The weights as [receivers, rows]: dense for a few receivers, sparse for many."""
+    columns = torch.cat((mesh.receiver.unsqueeze(-1), mesh.source), -1)
+    receivers, slots = columns.shape
+    if receivers * total <= 1 << 16 or receivers * 8 <= total:
+        dense = weights.new_zeros(receivers, total)
+        return dense.scatter_add_(1, columns, weights)
+    starts = torch.arange(0, receivers * slots + 1, slots)
+    with warnings.catch_warnings():
+        # torch announces once per process that CSR is in beta.
+        warnings.simplefilter("ignore", UserWarning)
+        return torch.sparse_csr_tensor(
+            starts, columns.flatten(), weights.flatten(), (receivers, total)
+        )
+
+
+def _aligned(portion: Tensor, like: Tensor) -> Tensor:
+    return portion.reshape(portion.shape + (1,) * (like.dim() - 2)).to(like.dtype)
+
+
+def _placed(base: Tensor, rows: Tensor, values: Tensor) -> Tensor:
+    return values if len(rows) == len(base) else base.index_copy(0, rows, values.to(base.dtype))
+
+
+def _kept(done: Tensor, new: Any, old: Any) -> Any:
+    return new if bool(done.all()) else tree.where(done, new, old)
+
+
+def _copied(into: Any, source: Any, rows: Tensor) -> Any:
+    return tree.merge_trees(lambda pair: pair[0].index_copy(0, rows, pair[1][rows]), [into, source])
+

@@ -1,0 +1,196 @@
+"""Faults of one world as moments: when each peer lives, and what happens to its links.
+
+Lockstep handles a whole round at once, so it asks about times instead of waiting for them. A
+moment tied to a round becomes known when the first peer enters that round.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from shoal.base.errors import UsageError
+from shoal.world.faults import Crash, Fault, Hold, Join, Leave, Loss, Moment, Partition, Round, Slow
+from shoal.world.record import Happening
+
+SUPPORTED = (Crash, Join, Leave, Partition, Slow, Loss, Hold)
+
+
+@dataclass(frozen=True)
+class _Moment:
+    """A peer goes down or comes up; it is alive while it went down as often as it came up."""
+
+    time_s: float
+    up: bool
+    hard: bool = True
+    kept: bool = True
+    round: int = 0
+    """a peer that comes up at a moment tied to a round begins with that round at the earliest"""
+
+
+@dataclass(frozen=True)
+class Life:
+    """From birth to death of one peer; `hard` and `kept` describe the death."""
+
+    birth_s: float
+    death_s: float = math.inf
+    hard: bool = True
+    kept: bool = True
+    round: int = 0
+
+
+class Timeline:
+    """One seed's faults. birth and death [peers] bound each peer's present life."""
+
+    def __init__(self, faults: tuple[Fault, ...], peers: int) -> None:
+        for fault in faults:
+            if not isinstance(fault, SUPPORTED):
+                raise UsageError(
+                    f"lockstep: {fault.kind} faults need a clock or a wire of their own "
+                    "(use engine='event')"
+                )
+        self.faults = faults
+        self.birth = torch.zeros(peers, dtype=torch.float64, device="cpu")
+        self.death = torch.full((peers,), math.inf, dtype=torch.float64, device="cpu")
+        self.hard = torch.ones(peers, dtype=torch.bool, device="cpu")
+        self.kept = torch.ones(peers, dtype=torch.bool, device="cpu")
+        self._times: dict[int, float] = {}
+        self._seen: set[tuple[int, bool]] = set()
+        self._absent = {p for f in faults if isinstance(f, Join) for p in f.who}
+        self._moments: dict[int, list[_Moment]] = {p: [] for f in faults for p in f.who}
+        self._number = dict.fromkeys(self._moments, 0)
+        for peer in self._absent:
+            self.birth[peer] = math.inf
+        self._resolve()
+
+    def rounds(self) -> set[int]:
+        """Rounds to which moments are tied that are not known yet."""
+        tied = {m.round for f in self.faults for m in (f.at, f.until) if isinstance(m, Round)}
+        return tied - set(self._times)
+
+    def enter(self, round: int, time_s: float) -> None:
+        """The first peer enters a round."""
+        self._times[round] = time_s
+        self._resolve()
+
+    def at(self, moment: Moment | None) -> float:
+        """Seconds; infinity while unknown."""
+        if moment is None:
+            return math.inf
+        if isinstance(moment, Round):
+            return self._times.get(moment.round, math.inf)
+        return float(moment)
+
+    def _resolve(self) -> None:
+        for number, fault in enumerate(self.faults):
+            for end, moment in ((False, fault.at), (True, fault.until)):
+                time_s = self.at(moment)
+                if time_s == math.inf or (number, end) in self._seen:
+                    continue
+                self._seen.add((number, end))
+                self._add(fault, end, time_s)
+
+    def _add(self, fault: Fault, end: bool, time_s: float) -> None:
+        tied = fault.until if end else fault.at
+        round = tied.round if isinstance(tied, Round) else 0
+        if isinstance(fault, Crash):
+            moment = _Moment(time_s, end, kept=fault.store == "kept", round=round)
+        elif isinstance(fault, Join) and not end:
+            moment = _Moment(time_s, True, round=round)
+        elif isinstance(fault, Leave) and not end:
+            moment = _Moment(time_s, False, hard=False)
+        else:
+            return
+        for peer in fault.who:
+            self._moments[peer].append(moment)
+            self._moments[peer].sort(key=lambda each: each.time_s)
+            self._set(peer, self._number[peer])
+
+    def _lives(self, peer: int) -> list[Life]:
+        """All lives of a peer as far as they are known, in order."""
+        down = int(peer in self._absent)
+        lives = [] if down else [Life(0.0)]
+        kept = True
+        for moment in self._moments[peer]:
+            if moment.up:
+                down -= 1
+                if down == 0:
+                    lives.append(Life(moment.time_s, round=moment.round))
+            else:
+                down += 1
+                kept = moment.kept if down == 1 else kept and moment.kept
+                if down == 1:
+                    last = lives[-1]
+                    lives[-1] = Life(last.birth_s, moment.time_s, moment.hard, kept, last.round)
+                elif lives:
+                    lives[-1] = replace(lives[-1], kept=kept)
+        return lives
+
+    def _set(self, peer: int, number: int) -> bool:
+        lives = self._lives(peer)
+        if number >= len(lives):
+            return False
+        life = lives[number]
+        self._number[peer] = number
+        self.birth[peer], self.death[peer] = life.birth_s, life.death_s
+        self.hard[peer], self.kept[peer] = life.hard, life.kept
+        return True
+
+    def next_life(self, peer: int) -> bool:
+        """Move on to the life after the present death; False when there is none (yet)."""
+        return self._set(peer, self._number[peer] + 1)
+
+    def first_round(self, peer: int) -> int:
+        """The earliest round of the present life."""
+        return self._lives(peer)[self._number[peer]].round if peer in self._moments else 0
+
+    def slowness(self, start: Tensor) -> Tensor:
+        """Factor on computations that begin at `start` [peers]."""
+        factor = torch.ones_like(start)
+        for fault in self.faults:
+            if isinstance(fault, Slow):
+                who = torch.tensor(fault.who)
+                begin, end = self.at(fault.at), self.at(fault.until)
+                inside = (start[who] >= begin) & (start[who] < end)
+                factor[who] = torch.where(inside, factor[who] * fault.factor, factor[who])
+        return factor
+
+    def on_links(
+        self, source: Tensor, target: Tensor, sent_s: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(blocked, extra loss probability, held until) of messages; all tensors of one shape."""
+        blocked = torch.zeros_like(source, dtype=torch.bool)
+        passing = torch.ones_like(sent_s)
+        held = torch.zeros_like(sent_s)
+        for fault in self.faults:
+            if not isinstance(fault, Partition | Loss | Hold):
+                continue
+            begin, end = self.at(fault.at), self.at(fault.until)
+            member = torch.zeros_like(self.birth, dtype=torch.bool)
+            member[torch.tensor(fault.who)] = True
+            out, into = member[source], member[target]
+            during = (sent_s >= begin) & (sent_s < end)
+            if isinstance(fault, Partition):
+                cut = (out & ~into) if fault.one_way else (out ^ into)
+                blocked |= during & cut
+            elif isinstance(fault, Loss):
+                passing = torch.where(
+                    during & (out | into), passing * (1.0 - fault.probability), passing
+                )
+            else:
+                held = torch.where(during & (out | into), held.clamp(min=end), held)
+        return blocked, 1.0 - passing, held
+
+    def happenings(self, horizon_s: float) -> list[Happening]:
+        """Marks for the report, up to the end of the run."""
+        marks = []
+        for fault in self.faults:
+            names = (fault.kind, "restart" if isinstance(fault, Crash) else f"{fault.kind} ends")
+            for name, moment in zip(names, (fault.at, fault.until), strict=True):
+                time_s = self.at(moment)
+                if time_s <= horizon_s:
+                    marks.append(Happening(time_s, name, fault.who))
+        return sorted(marks, key=lambda mark: mark.time_s)

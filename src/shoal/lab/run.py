@@ -1,0 +1,48 @@
+"""`run`: one system, strategy or program, in one scenario, with one seed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from shoal.lab import discover
+from shoal.lab import launch as seam
+from shoal.lab.card import Arm, System
+from shoal.lab.cell import Cell, Launcher, Progress, cell_of, execute
+from shoal.lab.scenario import Scenario
+from shoal.world.record import Run
+
+
+def run(
+    what: Any,
+    scenario: Scenario,
+    seed: int | None = None,
+    engine: str = "auto",
+    progress: Progress | None = None,
+    *,
+    launcher: Launcher | None = None,
+) -> Run:
+    """Run something once.
+
+    what: a Strategy or Program, a system's name or card, or an `Arm` that names a system.
+    seed: None = the scenario's. engine: "auto", "event", "lockstep" or "live".
+    The same arguments give the same `Run`, in every process.
+    """
+    seed = scenario.seed if seed is None else seed
+    if isinstance(what, System):
+        what = what.name
+    if isinstance(what, str):
+        what = Arm(system=what)
+    if isinstance(what, Arm):
+        cell = cell_of(what.system or "", what, seed, scenario, engine=engine)
+    else:
+        cell = Cell("run", seed, replace(scenario, seed=seed), engine=engine, what=what)
+    return execute(cell, launcher or seam.launch, progress)
+
+
+def scenario_of(name: str) -> Scenario:
+    """The scenario that a system's card names."""
+    card = discover.load(name)
+    if isinstance(card.scenario, Scenario):
+        return card.scenario
+    return discover.scenario(card.scenario)

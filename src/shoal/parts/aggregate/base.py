@@ -1,0 +1,110 @@
+"""What aggregators may offer beyond the contract of `shoal.rounds.aggregator`, and what they share.
+
+A rule in this folder is a frozen dataclass with
+
+- `examples`: settings that the contract suite runs it with,
+- `centered`: True when it starts from the receiver's own vector,
+- `tolerates(rows)`: how many of `rows` received vectors, own included, may be arbitrary,
+- `kappa(rows)`: what that tolerance is worth, see `Robust`,
+- optionally `everyone(x, mask)`: all receivers at once, see `Everyone`, and `mix` (linear rules).
+
+Non-finite rows: a rule that knows how many vectors are faulty counts them as the worst ones, so
+that they use up that number; the others treat them as absent.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from shoal.base.errors import UsageError
+from shoal.parts import find
+from shoal.rounds.aggregator import Aggregator
+from shoal.tensor.types import Mask, Stack
+
+Setting = int | float | str | bool | None
+Settings = tuple[tuple[str, Setting], ...]
+"""Keyword settings of another part in hashable form."""
+
+
+class Robust(Aggregator, Protocol):
+    """A rule with a proven bound (Allouah et al. 2023, definition 2: (f, kappa)-robustness).
+
+    For any `f = tolerates(rows)` rows, NaN and infinity included, and the mean and the variance
+    (mean squared distance to that mean) of the other rows:
+    `|result - mean|^2 <= kappa(rows) * variance`. A rule that starts from the receiver's own vector
+    promises it when that vector is the center and one of the other rows.
+    """
+
+    def tolerates(self, rows: int) -> int: ...
+
+    def kappa(self, rows: int) -> float: ...
+
+
+class Everyone(Aggregator, Protocol):
+    """A rule that can serve all receivers of the same rows at once (complete graph).
+
+    `everyone(x [..., n, dim], mask [..., n])[..., i, :]` is `rule(x, mask=mask, center=x[..., i])`
+    for each present row i; other rows of the result have no meaning. The result may be an expanded
+    view: clone it before writing to it.
+    """
+
+    def everyone(self, x: Stack, mask: Mask) -> Stack: ...
+
+
+def same_for_all(rule: Aggregator, x: Stack, mask: Mask) -> Stack:
+    """`everyone` of a rule without center: one result, seen by all receivers without a copy."""
+    return rule(x, mask=mask).unsqueeze(-2).expand(x.shape)
+
+
+def need_count(part: str, name: str, value: object, least: int, repair: str) -> None:
+    """Refuse a setting that is no whole number of at least `least`."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise UsageError(f"{part}: {name}={value!r}; need a whole number >= {least} ({repair})")
+
+
+def need_positive(part: str, name: str, value: object, repair: str) -> None:
+    """Refuse a setting that is no finite number above zero."""
+    good = isinstance(value, int | float) and not isinstance(value, bool)
+    if not good or not math.isfinite(value) or value <= 0:
+        raise UsageError(f"{part}: {name}={value!r}; need a finite number > 0 ({repair})")
+
+
+def frozen(settings: Mapping[str, Setting] | Settings) -> Settings:
+    """Settings as sorted pairs; a mapping or pairs in any order (lists from JSON too)."""
+    pairs = settings.items() if isinstance(settings, Mapping) else settings
+    return tuple(sorted((str(name), value) for name, value in pairs))
+
+
+def rule_named(name: str, settings: Settings, byzantine: int) -> Any:
+    """The rule of that name; its `byzantine` or `trim` is `byzantine` unless the settings say.
+
+    >>> rule_named("trimmed_mean", (), 2)
+    TrimmedMean(trim=2)
+    """
+    kind = find("aggregate", name)
+    known = {f.name for f in dataclasses.fields(kind)}
+    given = dict(settings)
+    for wrong in given.keys() - known:
+        raise UsageError(
+            f"aggregate: {name} has no setting {wrong!r}; it has {', '.join(sorted(known))}"
+        )
+    for count in ("byzantine", "trim"):
+        if count in known:
+            given.setdefault(count, byzantine)
+    return kind(**given)
+
+
+def around_pivot(honest: int, kept: int, byzantine: int) -> float:
+    """Kappa of averaging the `kept` rows nearest to an honest one, with `byzantine` others.
+
+    Each arbitrary row that is kept pairs with an honest row that is not and lies no nearer to the
+    pivot. So with m kept of h honest rows the result is within (2/m) sqrt(b * s) of the mean of m
+    honest rows, s = sum of squares around the pivot <= h^2 variances; and such a mean is within
+    sqrt((h - m) / m) standard deviations of the mean of all.
+    """
+    from_pairs = 2 * math.sqrt(min(byzantine, kept - 1)) * honest / kept
+    from_subset = math.sqrt(max(0, honest - kept) / kept)
+    return (from_pairs + from_subset) ** 2

@@ -1,0 +1,72 @@
+"""Krum: the row that lies closest to its neighbours."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from shoal.parts.aggregate.base import need_count, same_for_all
+from shoal.tensor.stack import masked_mean, nearest, or_center, squared_distances, usable
+from shoal.tensor.types import Mask, Scalar, Stack, Vector, Weight
+
+
+@dataclass(frozen=True)
+class Krum:
+    """The received row with the smallest sum of squared distances to its nearest others.
+
+    x: [..., k, dim]. Of n rows received, n - byzantine - 2 neighbours count (at least one); ties go
+    to the lower index; rows that are not finite are the farthest. Breaks when more than `byzantine`
+    rows are arbitrary or n < 2 byzantine + 3. The result is a single peer's vector, so the noise of
+    honest rows is not averaged. Source: Blanchard et al. 2017, section 4.
+
+    >>> x = torch.tensor([[0.0], [1.0], [1.5], [2.5], [99.0]])
+    >>> Krum(1)(x, mask=torch.ones(5, dtype=torch.bool))
+    tensor([1.])
+    """
+
+    byzantine: int = 1
+
+    examples: ClassVar[tuple[dict[str, Any], ...]] = ({"byzantine": 2}, {"byzantine": 0})
+    centered: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        need_count("krum", "byzantine", self.byzantine, 0, "how many peers may be faulty")
+
+    def __call__(
+        self, x: Stack, *, mask: Mask, weight: Weight | None = None, center: Vector | None = None
+    ) -> Vector:
+        x, rows = usable(x, mask)
+        chosen = nearest(scores(x, rows, mask.expand(rows.shape).sum(-1), self.byzantine), 1)
+        return or_center(masked_mean(x, chosen), rows.any(-1), center)
+
+    def everyone(self, x: Stack, mask: Mask) -> Stack:
+        return same_for_all(self, x, mask)
+
+    def tolerates(self, rows: int) -> int:
+        return max(0, min(self.byzantine, rows - self.byzantine - 3))
+
+    def kappa(self, rows: int) -> float:
+        """6h/q with h honest rows and q = n - byzantine - 2 - f honest neighbours for certain.
+
+        The least score is at most the honest rows' mean score, 2h variances; the chosen row's
+        distance to the mean is bounded through its q honest neighbours.
+        """
+        bad = self.tolerates(rows)
+        return 6.0 * (rows - bad) / max(1, rows - self.byzantine - 2 - bad)
+
+
+def scores(x: Stack, rows: Mask, received: Tensor, byzantine: int) -> Scalar:
+    """Krum's score of each row, float64 [..., k], NaN for rows that do not count.
+
+    received: [...], rows in hand, the ones that are not finite included.
+    """
+    square = squared_distances(x, rows)
+    same = torch.eye(x.shape[-2], dtype=torch.bool, device=x.device)
+    others = torch.where(same, float("nan"), square)
+    neighbors = (received - byzantine - 2).clamp(min=1)[..., None]
+    close = nearest(others, neighbors.expand(rows.shape))
+    total = torch.where(close, square, torch.zeros_like(square)).sum(-1)
+    return torch.where(rows, total, float("nan"))

@@ -1,0 +1,88 @@
+"""The mean: no defence at all, and the one rule that is linear."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from shoal.parts.aggregate.base import same_for_all
+from shoal.tensor.stack import combine, or_center, shares, usable
+from shoal.tensor.types import Mask, Stack, Vector, Weight
+
+
+@dataclass(frozen=True)
+class Mean:
+    """Mean of the rows received, weighted by what each sender counts.
+
+    x: [..., k, dim]. Without weights, or with `weighted=False`, every row counts the same. Rows
+    that weigh nothing are absent; one arbitrary row moves the result anywhere.
+    Source: McMahan et al. 2017, algorithm 1 (FedAvg).
+
+    >>> x = torch.tensor([[1.0], [2.0], [6.0]])
+    >>> Mean()(x, mask=torch.ones(3, dtype=torch.bool), weight=torch.tensor([1.0, 1.0, 2.0]))
+    tensor([3.7500])
+    """
+
+    weighted: bool = True
+
+    examples: ClassVar[tuple[dict[str, Any], ...]] = ({}, {"weighted": False})
+    centered: ClassVar[bool] = False
+
+    def __call__(
+        self, x: Stack, *, mask: Mask, weight: Weight | None = None, center: Vector | None = None
+    ) -> Vector:
+        x, rows = usable(x, mask)
+        share = shares(rows, weight if self.weighted else None)
+        return or_center(combine(share, x), share.sum(-1) > 0, center)
+
+    def mix(self, weight: Weight, x: Stack) -> Stack:
+        """All receivers at once: weight [receivers, senders] (dense or CSR) times x.
+
+        x: [..., senders, dim] -> [..., receivers, dim]. Rows of the weights need not sum to 1. A
+        row of x that is not finite is absent for everybody; a receiver that is left without any
+        sender gets zeros. Equals gathering and calling the rule, without [receivers, k, dim].
+        """
+        x, rows = usable(x, torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device))
+        if not self.weighted:
+            weight = _ones_like(weight)
+        # Totals in the weights' own precision: rounded first, they would bend every coordinate.
+        total = _product(weight, rows.to(weight.dtype).unsqueeze(-1))
+        total = torch.where(total > 0, total, torch.ones_like(total))
+        return _product(weight.to(x.dtype), x) / total.to(x.dtype)
+
+    def everyone(self, x: Stack, mask: Mask) -> Stack:
+        return same_for_all(self, x, mask)
+
+    def tolerates(self, rows: int) -> int:
+        return 0
+
+    def kappa(self, rows: int) -> float:
+        return 0.0
+
+
+def _product(weight: Tensor, x: Tensor) -> Tensor:
+    if weight.layout == torch.strided or x.dim() == 2:
+        return weight @ x
+    # A sparse matrix multiplies two axes only: leading axes of x go beside its last one.
+    lead = x.shape[:-2]
+    wide = x.movedim(-2, 0).reshape(x.shape[-2], -1)
+    return (weight @ wide).reshape(weight.shape[0], *lead, x.shape[-1]).movedim(0, -2)
+
+
+def _ones_like(weight: Tensor) -> Tensor:
+    if weight.layout == torch.strided:
+        return (weight > 0).to(weight.dtype)
+    with warnings.catch_warnings():
+        # torch announces once per process that CSR is in beta.
+        warnings.simplefilter("ignore", UserWarning)
+        return torch.sparse_csr_tensor(
+            weight.crow_indices(),
+            weight.col_indices(),
+            (weight.values() > 0).to(weight.dtype),
+            weight.shape,
+            device=weight.device,
+        )

@@ -1,0 +1,170 @@
+"""How gradients of many rows are computed: stacked by hand, vmap, or one peer after the other.
+
+All of them take `params [rows, dim]`, `x [rows, batch, *]`, `y [rows, batch, *]` and a weight for
+each sample `[rows, batch]`, and give the gradient `[rows, dim]` of the weighted sum of losses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+
+from shoal.parts.models.base import OutputGradient, Stacked
+from shoal.parts.tasks._losses import Loss
+from shoal.tensor.flat import FlatSpec
+
+CHUNK_BYTES = 64 << 20
+"""What one vectorised call may hold besides its parameters; a constant, whatever memory is free."""
+
+METHODS = ("auto", "stacked", "vmap", "peer", "channels_last")
+
+
+class Work(Protocol):
+    """One way to compute. `x` and `y` of `forward` may have one row for all."""
+
+    def forward(self, params: Tensor, x: Tensor) -> Tensor: ...
+
+    def gradient(
+        self, params: Tensor, x: Tensor, y: Tensor, weight: Tensor, loss: Loss
+    ) -> Tensor: ...
+
+    def clipped(
+        self, params: Tensor, x: Tensor, y: Tensor, weight: Tensor, loss: Loss, clip: float
+    ) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class StackedWork:
+    """Layers as products of stacked matrices, with hand-derived gradients."""
+
+    model: Stacked
+
+    def forward(self, params: Tensor, x: Tensor) -> Tensor:
+        return self.model.forward(params, x)
+
+    def gradient(
+        self, params: Tensor, x: Tensor, y: Tensor, weight: Tensor, loss: Loss
+    ) -> Tensor:
+        return self.model.gradient(params, x, _of_output(y, weight, loss))
+
+    def clipped(
+        self, params: Tensor, x: Tensor, y: Tensor, weight: Tensor, loss: Loss, clip: float
+    ) -> Tensor:
+        return self.model.clipped(params, x, _of_output(y, weight, loss), clip)
+
+
+def _of_output(y: Tensor, weight: Tensor, loss: Loss) -> OutputGradient:
+    def gradient(output: Tensor, rows: slice) -> Tensor:
+        targets = y[rows]
+        flat = loss.gradient(
+            output.reshape(-1, *output.shape[2:]),
+            targets.reshape(-1, *targets.shape[2:]),
+            weight[rows].reshape(-1),
+        )
+        return flat.view(output.shape)
+
+    return gradient
+
+
+@dataclass(frozen=True)
+class ModuleWork:
+    """A module called through `torch.func`, vectorised over rows or one row at a time."""
+
+    module: nn.Module
+    spec: FlatSpec
+    vectorised: bool
+    channels_last: bool = False
+    numbers: int = 0
+    """values that one sample leaves behind, for the size of a chunk"""
+
+    def call(self, params: Tensor, x: Tensor) -> Tensor:
+        """One row: params [dim], x [batch, *]."""
+        tensors: dict[str, Tensor] = dict(self.constants(params.dtype))
+        tensors.update(self.spec.views(params))
+        return functional_call(self.module, tensors, (x,))
+
+    def constants(self, dtype: torch.dtype) -> Mapping[str, Tensor]:
+        """Frozen parameters and buffers in the dtype at hand."""
+        frozen = {n: p for n, p in self.module.named_parameters() if not p.requires_grad}
+        fixed = {**frozen, **dict(self.module.named_buffers())}
+        return {
+            name: value.detach().to(dtype) if value.is_floating_point() else value
+            for name, value in fixed.items()
+        }
+
+    def forward(self, params: Tensor, x: Tensor) -> Tensor:
+        shared = x.shape[0] != params.shape[0]
+        if not self.vectorised:
+            outputs = [self.call(row, x[0 if shared else i]) for i, row in enumerate(params)]
+            return torch.stack(outputs)
+        size = self._rows(params, x.shape[1])
+        if shared:
+            call = vmap(self.call, in_dims=(0, None), chunk_size=size, randomness="error")
+            return call(params, x[0])
+        return vmap(self.call, chunk_size=size, randomness="error")(params, x)
+
+    def gradient(
+        self, params: Tensor, x: Tensor, y: Tensor, weight: Tensor, loss: Loss
+    ) -> Tensor:
+        if not self.vectorised:
+            rows = zip(params, x, y, weight, strict=True)
+            return torch.stack([self._one(*row, loss) for row in rows])
+
+        def total(p: Tensor, x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+            return (loss.each(self.call(p, x), y) * weight).sum()
+
+        size = self._rows(params, x.shape[1])
+        return vmap(grad(total), chunk_size=size, randomness="error")(params, x, y, weight)
+
+    def _one(self, params: Tensor, x: Tensor, y: Tensor, weight: Tensor, loss: Loss) -> Tensor:
+        if self.channels_last and x.dim() == 4:
+            x = x.contiguous(memory_format=torch.channels_last)
+        tensors = self.spec.views(params.detach())
+        if self.channels_last:
+            tensors = {
+                name: t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t
+                for name, t in tensors.items()
+            }
+        with torch.enable_grad():
+            # Leaves of their own: the backward of a slice would fill a whole vector with zeros.
+            leaves = {name: t.detach().requires_grad_() for name, t in tensors.items()}
+            fixed = dict(self.constants(params.dtype))
+            output = functional_call(self.module, {**fixed, **leaves}, (x,))
+            start = loss.gradient(output.detach(), y, weight)
+            found = torch.autograd.grad(
+                output, list(leaves.values()), start, materialize_grads=True
+            )
+        return self.spec.flatten(dict(zip(leaves, found, strict=True)))
+
+    def clipped(
+        self, params: Tensor, x: Tensor, y: Tensor, weight: Tensor, loss: Loss, clip: float
+    ) -> Tensor:
+        def single(p: Tensor, x: Tensor, y: Tensor) -> Tensor:
+            return loss.each(self.call(p, x.unsqueeze(0)), y.unsqueeze(0)).sum()
+
+        def scaled(p: Tensor, x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+            gradient = grad(single)(p, x, y)
+            return gradient * (weight * clip / gradient.norm().clamp_min(clip))
+
+        each = vmap(scaled, in_dims=(None, 0, 0, 0), randomness="error")
+        total = torch.zeros_like(params)
+        per_sample = (4 * self.spec.dim + self.numbers) * params.element_size()
+        rows = max(1, CHUNK_BYTES // (per_sample * max(1, x.shape[1])))
+        samples = max(1, CHUNK_BYTES // per_sample) if rows == 1 else max(1, x.shape[1])
+        for i in range(0, params.shape[0], rows):
+            for j in range(0, x.shape[1], samples):
+                part = (slice(i, i + rows), slice(j, j + samples))
+                gradients = vmap(each, randomness="error")(
+                    params[i : i + rows], x[part], y[part], weight[part]
+                )
+                total[i : i + rows] += gradients.sum(1)
+        return total
+
+    def _rows(self, params: Tensor, batch: int) -> int:
+        per_row = (4 * self.spec.dim + batch * self.numbers) * params.element_size()
+        return max(1, CHUNK_BYTES // per_row)

@@ -1,0 +1,151 @@
+"""Byzantine peers of one run and what they know together.
+
+With `Knowledge.OWN` an attacker works from its own vector, on any engine. With `Knowledge.ALL` it
+acts once the round's last honest vector exists; that is possible in simulation only, where this
+object is shared by the programs of one run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from shoal.kernel.runtime import Runtime
+from shoal.kernel.waits import Wait
+from shoal.base.units import to_ns
+from shoal.rounds.attack import Knowledge, View
+from shoal.rounds.method import Method
+from shoal.tensor import keyed
+from shoal.tensor.types import Stack, Vector
+
+FALLBACK = 0.1
+"""With honest peers missing, an omniscient attack acts this part of a round before its deadline."""
+
+
+def craft(method: Method, round: int, hop: int, honest: Stack, own: Stack) -> Stack:
+    """What the Byzantine peers send: [..., byzantine, dim] or [..., honest, byzantine, dim].
+
+    honest [..., honest, dim]; own [..., byzantine, dim]. The same for every engine.
+    """
+    attack = method.attack
+    assert attack is not None
+    key = keyed.key_of(method.seed, "attack", round, hop, device=str(own.device))
+    if attack.knowledge is Knowledge.OWN:
+        # Each attacker sees itself alone: one world per attacker.
+        own = own.unsqueeze(-2)
+        keys = keyed.fold(key, torch.tensor(method.byzantine, device=own.device))
+        return attack(View(own, own, round), keys).squeeze(-2)
+
+    def rule(candidate: Stack) -> Stack:
+        return outcome(method, honest, candidate)
+
+    return attack(View(honest, own, round, rule), key)
+
+
+def outcome(method: Method, honest: Stack, byzantine: Stack) -> Stack:
+    """What each honest peer would hold if it heard everybody: [..., honest, dim]."""
+    count = honest.shape[-2]
+    byzantine = byzantine.to(honest.dtype).expand(*honest.shape[:-2], *byzantine.shape[-2:])
+    rows = torch.cat((honest, byzantine), -2)
+    mask = torch.ones(rows.shape[:-1], dtype=torch.bool, device=rows.device)
+    everyone = getattr(method.aggregator, "everyone", None)
+    if everyone is not None:
+        return everyone(rows, mask)[..., :count, :]
+    # Row i of `order` is receiver i's view: its own vector first.
+    total = rows.shape[-2]
+    order = torch.tensor(
+        [[i, *range(i), *range(i + 1, total)] for i in range(count)], device=rows.device
+    )
+    center = rows[..., :count, :]
+    return method.aggregator(
+        rows[..., order, :], mask=mask.unsqueeze(-2).expand(*mask.shape[:-1], count, total),
+        center=center,
+    )  # fmt: skip
+
+
+class Adversary:
+    """Collects the vectors of a round and wakes the Byzantine peers when all are there."""
+
+    def __init__(self, method: Method) -> None:
+        self._method = method
+        self._byzantine = set(method.byzantine)
+        self._rounds: dict[tuple[int, int], _Collected] = {}
+
+    @property
+    def omniscient(self) -> bool:
+        attack = self._method.attack
+        return attack is not None and attack.knowledge is Knowledge.ALL
+
+    def offer(self, round: int, hop: int, peer: int, vector: Vector) -> None:
+        """A peer's honest vector of this hop now exists."""
+        if self.omniscient:
+            collected = self._of(round, hop)
+            collected.vectors[peer] = vector
+            if collected.vectors.keys() >= collected.awaited:
+                for wait in collected.waits:
+                    wait.resolve(None)
+
+    async def craft(
+        self, peer: Runtime, round: int, hop: int, own: Vector, receivers: Sequence[int]
+    ) -> dict[int, Vector]:
+        """What this Byzantine peer sends to each receiver."""
+        method = self._method
+        if not self.omniscient:
+            index = method.byzantine.index(peer.id)
+            stack = own.expand(len(method.byzantine), own.shape[-1])
+            vector = craft(method, round, hop, stack[:0], stack)[index]
+            return dict.fromkeys(receivers, vector)
+        self.offer(round, hop, peer.id, own)
+        collected = self._of(round, hop)
+        hops = len(method.waves(round))
+        latest = method.deadline(round, hop, hops) - FALLBACK * method.round_s / hops
+        if not collected.vectors.keys() >= collected.awaited:
+            wait = Wait(peer.ready)
+            collected.waits.append(wait)
+            peer.host.set_timer(peer, to_ns(latest), wait)
+            await wait
+        if collected.result is None:
+            collected.result = collected.craft(method, round, hop, self._byzantine)
+        return collected.vectors_for(peer.id, receivers, self._method)
+
+    def _of(self, round: int, hop: int) -> _Collected:
+        found = self._rounds.get((round, hop))
+        if found is None:
+            on = self._method.active(round).tolist()
+            found = self._rounds[round, hop] = _Collected({p for p, a in enumerate(on) if a})
+            for old in [k for k in self._rounds if k[0] < round - 4]:
+                del self._rounds[old]
+        return found
+
+
+class _Collected:
+    """One hop of one round."""
+
+    def __init__(self, awaited: set[int]) -> None:
+        self.awaited = awaited
+        self.vectors: dict[int, Vector] = {}
+        self.waits: list[Wait] = []
+        self.result: Any = None
+        self.order: list[int] = []
+        self.honest: list[int] = []
+
+    def craft(self, method: Method, round: int, hop: int, byzantine: set[int]) -> Stack:
+        self.honest = sorted(p for p in self.vectors if p not in byzantine)
+        self.order = sorted(p for p in self.vectors if p in byzantine)
+        own = torch.stack([self.vectors[p] for p in self.order])
+        if not self.honest:
+            return own
+        honest = torch.stack([self.vectors[p] for p in self.honest])
+        return craft(method, round, hop, honest, own)
+
+    def vectors_for(
+        self, peer: int, receivers: Sequence[int], method: Method
+    ) -> dict[int, Vector]:
+        index = self.order.index(peer)
+        if self.result.dim() == 2:
+            return dict.fromkeys(receivers, self.result[index])
+        # Equivocation: a row per honest receiver; other attackers get the own row's first.
+        places = {p: i for i, p in enumerate(self.honest)}
+        return {r: self.result[places.get(r, 0), index] for r in receivers}

@@ -1,0 +1,162 @@
+"""Local training: the loop over a peer's own data that every strategy shares."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from shoal.base.errors import UsageError
+from shoal.rounds.strategy import Step
+from shoal.rounds.task import Batch, Shard, Task
+from shoal.tensor import keyed, tree
+from shoal.tensor.types import Key, Scalar, Vector
+
+BATCH_BYTES = 256 << 20
+"""Rows train in groups whose batches stay below this; a constant, whatever memory is free."""
+
+Correction = Callable[[Vector, Vector, Any], Vector]
+"""(params [..., dim], grad [..., dim], context) -> the gradient to follow."""
+
+
+class Optimizer(Protocol):
+    """A rule from gradients to parameters. Frozen settings; the state is a tree, given back.
+
+    Leading axes `[...]` are independent. With `donate` the caller gives up `params`, `grad` and
+    `state`, which may then be overwritten and returned. `inert` says that a zero gradient changes
+    neither parameters nor state.
+    """
+
+    @property
+    def inert(self) -> bool: ...
+
+    def init(self, params: Vector) -> Any:
+        """State for parameters [..., dim]."""
+        ...
+
+    def step(
+        self,
+        params: Vector,
+        grad: Vector,
+        state: Any,
+        scale: Tensor | float = 1.0,
+        *,
+        donate: bool = False,
+    ) -> tuple[Vector, Any]:
+        """One step; `scale` ([...] or a number) multiplies the learning rate."""
+        ...
+
+
+def descend(
+    task: Task,
+    optimizer: Optimizer,
+    params: Vector,
+    state: Any,
+    step: Step,
+    *,
+    steps: int | None = None,
+    epochs: int | None = None,
+    batch_size: int = 32,
+    scale: Tensor | float = 1.0,
+    correct: Correction | None = None,
+    context: Any = None,
+) -> tuple[Vector, Any]:
+    """Train on a peer's own shard: (params [..., dim], state) after local steps; pure.
+
+    Either `steps` batches drawn with replacement, or `epochs` passes over every sample. Keys come
+    from `step.key`, so give each round its own. A row without samples in a batch takes no step,
+    so a peer with fewer samples ends exactly as it would alone. `correct` may change each
+    gradient (proximal terms, control variates); it sees `context`, a tree with the same leading
+    axes. `scale` multiplies the learning rate.
+    """
+    _check(steps, epochs, batch_size)
+    lead = params.shape[:-1]
+    rows, limit = math.prod(lead), _rows_at_once(task, batch_size)
+    plan = (task, optimizer, correct, steps, epochs, batch_size)
+    if rows <= limit:
+        return _descend(plan, params, state, step.shard, step.key, scale, context)
+    many = (state, step.shard, step.key.expand(lead), context, scale)
+    flat = tree.map_tree(lambda leaf: _join(leaf, lead), (params, *many))
+    done = []
+    for start in range(0, rows, limit):
+        part, *rest = tree.select(flat, slice(start, start + limit))
+        part_state, shard, key, part_context, part_scale = rest
+        done.append(_descend(plan, part, part_state, shard, key, part_scale, part_context))
+    leaves = [tree.flatten(pair) for pair in done]
+    joined = [torch.cat(column) for column in zip(*(found for found, _ in leaves), strict=True)]
+    shaped = [leaf.view(*lead, *leaf.shape[1:]) for leaf in joined]
+    return tree.unflatten(leaves[0][1], shaped)
+
+
+def gradients(
+    shard: Shard, *, steps: int | None = None, epochs: int | None = None, batch_size: int = 32
+) -> Scalar:
+    """How many steps `descend` takes with these settings: int64 [...], one for each row.
+
+    >>> gradients(Shard(torch.zeros(2, 40).long(), torch.tensor([40, 0])), epochs=3).tolist()
+    [6, 0]
+    """
+    _check(steps, epochs, batch_size)
+    if steps is not None:
+        return torch.where(shard.size > 0, steps, 0)
+    return (epochs or 0) * -(-shard.size // batch_size)
+
+
+def _descend(
+    plan: tuple[Task, Optimizer, Correction | None, int | None, int | None, int],
+    params: Vector,
+    state: Any,
+    shard: Shard,
+    key: Key,
+    scale: Tensor | float,
+    context: Any,
+) -> tuple[Vector, Any]:
+    task, optimizer, correct, steps, epochs, batch_size = plan
+    # The caller's tensors stay whole: the first step makes new ones, which later steps overwrite.
+    own = False
+    for batch in _batches(task, shard, key, steps, epochs, batch_size):
+        grad = task.grad(params, batch)
+        if correct is not None:
+            grad = correct(params, grad, context)
+        here = batch.mask.any(-1)
+        if (optimizer.inert and correct is None) or bool(here.all()):
+            params, state = optimizer.step(params, grad, state, scale, donate=own)
+            own = True
+        else:
+            moved = optimizer.step(params, grad, state, scale)
+            here = here.expand(params.shape[:-1])
+            params, state = tree.where(here, moved, (params, state))
+            own = True
+    return params, state
+
+
+def _batches(
+    task: Task, shard: Shard, key: Key, steps: int | None, epochs: int | None, size: int
+) -> Iterator[Batch]:
+    for i in range(steps or 0):
+        yield task.batch(shard, keyed.fold(key, i), size)
+    for i in range(epochs or 0):
+        yield from task.epoch(shard, keyed.fold(key, i), size)
+
+
+def _rows_at_once(task: Task, batch_size: int) -> int:
+    per_sample = getattr(task, "sample_bytes", 0)
+    return max(1, BATCH_BYTES // max(1, per_sample * batch_size))
+
+
+def _join(leaf: Tensor, lead: torch.Size) -> Tensor:
+    return leaf.reshape(math.prod(lead), *leaf.shape[len(lead) :])
+
+
+def _check(steps: int | None, epochs: int | None, batch_size: int) -> None:
+    if (steps is None) == (epochs is None):
+        raise UsageError("descend: give either steps or epochs")
+    count = steps if steps is not None else epochs
+    if count is None or count < 0 or batch_size < 1:
+        raise UsageError(
+            f"descend: steps={steps}, epochs={epochs}, batch_size={batch_size}; counts must be "
+            "at least 0 and a batch at least 1"
+        )

@@ -1,0 +1,97 @@
+"""What is measured about the peers' models: the same numbers from every engine.
+
+Per peer: the task's own metrics (`accuracy`, `loss`). Over all honest peers that reported for a
+round, with peer -1: `consensus` (mean squared distance to the mean model, [dim] not averaged) and
+the metrics of the mean model as `mean_model_accuracy`, `mean_model_loss`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from shoal.base import keyed
+from shoal.rounds.task import Task
+from shoal.world.record import Row
+
+
+class Measure:
+    """Collects models by round and evaluates them in batches; an `Observer` of the event engine.
+
+    evaluated: how many honest peers are evaluated one by one (drawn by key; None = all).
+    """
+
+    def __init__(self, task: Task, *, seed: int = 0, byzantine: tuple[int, ...] = (),
+                 evaluated: int | None = None) -> None:  # fmt: skip
+        self._task = task
+        honest = [p for p in range(task.peers) if p not in set(byzantine)]
+        if evaluated is not None and evaluated < len(honest):
+            honest_first = sorted(honest, key=lambda p: keyed.uniform(seed, "evaluated", p))
+            self._chosen = frozenset(honest_first[:evaluated])
+        else:
+            self._chosen = frozenset(honest)
+        self._honest = frozenset(honest)
+        self._open: dict[int, dict[int, tuple[float, Tensor]]] = {}
+        self._rows: list[Row] = []
+
+    def params(self, peer: int, round: int, time_s: float, params: Tensor) -> None:
+        """One peer's model after a round; a later one for the same round replaces it."""
+        if peer not in self._honest:
+            return
+        self._open.setdefault(round, {})[peer] = (time_s, params)
+        # Stragglers may be some rounds behind; older rounds than that are complete.
+        if len(self._open) > 8:
+            self._close(min(self._open))
+
+    def stacked(self, round: int, times_s: Tensor, present: Tensor, params: Tensor) -> None:
+        """Models of all peers after a round: times [peers], present [peers], params [peers, dim]."""
+        times = times_s.tolist()
+        group = {
+            p: (times[p], params[p]) for p, here in enumerate(present.tolist())
+            if here and p in self._honest
+        }  # fmt: skip
+        if group:
+            self._open[round] = group
+            self._close(round)
+
+    def rows(self) -> list[Row]:
+        """Everything measured; closes what is still open."""
+        for round in sorted(self._open):
+            self._close(round)
+        rows, self._rows = self._rows, []
+        return sorted(rows, key=lambda row: row.round)
+
+    def _close(self, round: int) -> None:
+        group = self._open.pop(round)
+        peers = sorted(group)
+        # Peers of a hub share one tensor: evaluate each model once.
+        distinct: dict[int, int] = {}
+        models: list[Tensor] = []
+        place = {}
+        for peer in peers:
+            params = group[peer][1]
+            index = distinct.setdefault(params.data_ptr(), len(models))
+            if index == len(models):
+                models.append(params)
+            place[peer] = index
+        stack = torch.stack(models)
+        counts = torch.bincount(
+            torch.tensor([place[p] for p in peers], device=stack.device), minlength=len(models)
+        ).to(stack.dtype)
+        mean = (counts.unsqueeze(-1) * stack).sum(0) / len(peers)
+        last = max(time_s for time_s, _ in group.values())
+        spread = (((stack - mean) ** 2).sum(-1) * counts).sum() / len(peers)
+        self._rows.append(Row("consensus", float(spread), last, round))
+        for name, value in self._task.evaluate(mean).items():
+            self._rows.append(Row(f"mean_model_{name}", float(value), last, round))
+        chosen = [p for p in peers if p in self._chosen]
+        if not chosen:
+            return
+        needed = sorted({place[p] for p in chosen})
+        row_of = {index: i for i, index in enumerate(needed)}
+        values = self._task.evaluate(stack[torch.tensor(needed, device=stack.device)])
+        for name, column in values.items():
+            numbers = column.tolist()
+            self._rows.extend(
+                Row(name, numbers[row_of[place[p]]], group[p][0], round, p) for p in chosen
+            )

@@ -1,0 +1,308 @@
+"""A whole round-based method and its phases as pure functions with leading axes.
+
+`event` and `live` call the phases per peer (batched or not), `lockstep` on all peers at once, so
+that no engine has a second version of the arithmetic:
+
+    work        strategy.local, then encode
+    combine     decode what was heard, aggregate
+    conclude    combine, then strategy.apply
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shoal.base.errors import UsageError
+from shoal.kernel.peer import Cost
+from shoal.rounds.aggregator import Aggregator
+from shoal.rounds.attack import Attack
+from shoal.rounds.exchange import Exchange, Hop
+from shoal.rounds.strategy import Heard, Parcel, Step, Strategy
+from shoal.rounds.task import Shard, Task
+from shoal.rounds.transform import Payload, Transform
+from shoal.tensor import keyed, tree
+from shoal.tensor.flops import count_flops
+from shoal.tensor.types import Key, Mask, Vector
+
+
+@dataclass(frozen=True)
+class Wave:
+    """One hop, prepared for engines that go peer by peer. Lists are indexed by peer."""
+
+    hop: Hop
+    row: dict[int, int]
+    """the hop's row of each receiver"""
+    sources: tuple[tuple[int, ...], ...]
+    """active sources in slot order; -1 where a slot is empty in this round"""
+    expected: tuple[tuple[int, ...], ...]
+    """those whose message a peer waits for"""
+    targets: tuple[tuple[int, ...], ...]
+    """to whom each peer sends, ascending"""
+    mixing: Tensor | None
+    """[receivers, k + 1], own weight first; None when the hop has no weights"""
+
+
+@dataclass(frozen=True, eq=False)
+class Method:
+    """Strategy, data and communication of a run. Compared by identity: it is a batching key.
+
+    transform: already bound to `task.spec`. round_s: seconds from one round's deadline to the next.
+    report_every: parameters are recorded after every so many rounds, and after the last.
+    checkpoint_every: rounds between commits to the peer's store; 0 = never.
+    worlds: how many seeds' tasks are joined in `task` (lockstep runs seeds together).
+    """
+
+    strategy: Strategy
+    task: Task
+    exchange: Exchange
+    aggregator: Aggregator
+    transform: Transform
+    rounds: int
+    round_s: float
+    seed: int = 0
+    attack: Attack | None = None
+    byzantine: tuple[int, ...] = ()
+    report_every: int = 1
+    checkpoint_every: int = 0
+    worlds: int = 1
+    _waves: dict[int, tuple[Wave, ...]] = field(default_factory=dict, repr=False)
+    _active: dict[int, Tensor] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        peers = self.exchange.peers
+        if self.task.peers != peers * self.worlds:
+            raise UsageError(
+                f"the task has data for {self.task.peers} peers and the exchange joins {peers} "
+                "(give both the same number of peers)"
+            )
+        if self.rounds < 1 or not self.round_s > 0:
+            raise UsageError(
+                f"rounds={self.rounds}, round_s={self.round_s}; need at least one round of positive "
+                "length"
+            )
+        if self.byzantine and self.attack is None:
+            raise UsageError("byzantine peers without an attack (name one, or set byzantine to 0)")
+        if len(self.byzantine) >= peers:
+            raise UsageError(f"{len(self.byzantine)} of {peers} peers are byzantine; leave one honest")
+
+    @property
+    def peers(self) -> int:
+        return self.exchange.peers
+
+    @cached_property
+    def initial(self) -> Vector:
+        """The common initial parameters [dim]."""
+        return self.task.init(keyed.key_of(self.seed, "init"))
+
+    def shard(self, peer: int | Tensor) -> Shard:
+        """A peer's own data, poisoned if the peer is Byzantine and the attack poisons."""
+        shard = self.task.shard(peer)
+        if self.attack is not None and isinstance(peer, int) and peer in self.byzantine:
+            return self.attack.poison(self.task, shard, keyed.key_of(self.seed, "poison", peer))
+        return shard
+
+    def reports(self, round: int) -> bool:
+        """Whether parameters are recorded after this round."""
+        return (round + 1) % self.report_every == 0 or round == self.rounds - 1
+
+    def deadline(self, round: int, hop: int = 0, hops: int = 1) -> float:
+        """When a hop of a round ends at the latest, in seconds since the start."""
+        return (round + (hop + 1) / hops) * self.round_s
+
+    def active(self, round: int) -> Mask:
+        """bool [peers]: who takes part (a function of seed and round alone)."""
+        found = self._active.get(round)
+        if found is None:
+            found = self._active[round] = self.exchange.active(round, self.seed)
+            self._active.pop(round - 8, None)
+        return found
+
+    def waves(self, round: int) -> tuple[Wave, ...]:
+        """The hops of a round as lists; kept for the rounds that peers are in."""
+        found = self._waves.get(round)
+        if found is None:
+            hops = self.exchange.hops(round, self.seed)
+            last = self._waves.get(round - 1)
+            active = self.active(round)
+            if (
+                last is not None
+                and all(a.same(b.hop) for a, b in zip(hops, last, strict=True))
+                and torch.equal(active, self.active(round - 1))
+            ):
+                found = last
+            else:
+                found = tuple(_wave(hop, active, self.exchange.hub) for hop in hops)
+            self._waves[round] = found
+            self._waves.pop(round - 8, None)
+        return found
+
+    @cached_property
+    def work_cost(self) -> Cost:
+        """What one peer's local work takes; counted once at one peer's shapes."""
+        state, codec = self.strategy.init(self.initial), self.transform.init(self.initial)
+        key = keyed.key_of(self.seed, "cost")
+        return Cost(flops=count_flops(work, state, codec, self.task.shard(0), key, self, 0))
+
+    def combine_cost(self, sources: int) -> Cost:
+        """What combining takes: a multiplication and an addition per number heard."""
+        return Cost(flops=2.0 * (sources + 1) * self.task.spec.dim)
+
+
+def _wave(hop: Hop, active: Mask, hub: int | None) -> Wave:
+    on = active.tolist()
+    peers = len(on)
+    receivers = list(range(peers)) if hop.receivers is None else hop.receivers.tolist()
+    sources: list[tuple[int, ...]] = [()] * peers
+    expected: list[tuple[int, ...]] = [()] * peers
+    targets: list[list[int]] = [[] for _ in on]
+    taken = None if hop.taken is None else hop.taken.tolist()
+    for place, (receiver, slots) in enumerate(zip(receivers, hop.sources.tolist(), strict=True)):
+        # A hub listens whether or not it works on data of its own in this round.
+        listens = on[receiver] or receiver == hub
+        live = tuple(s if s >= 0 and on[s] and listens else -1 for s in slots)
+        sources[receiver] = live
+        for source in live:
+            if source >= 0:
+                targets[source].append(receiver)
+        if taken is None:
+            expected[receiver] = tuple(s for s in live if s >= 0)
+        else:
+            pairs = zip(live, taken[place], strict=True)
+            expected[receiver] = tuple(s for s, take in pairs if take and s >= 0)
+    mixing = None
+    if hop.weights is not None and hop.own is not None:
+        mixing = torch.cat((hop.own.unsqueeze(-1), hop.weights), -1)
+    return Wave(
+        hop, {receiver: place for place, receiver in enumerate(receivers)}, tuple(sources),
+        tuple(expected), tuple(tuple(t) for t in targets), mixing,
+    )  # fmt: skip
+
+
+def local(
+    state: Any, shard: Shard, key: Key, method: Method, round: int
+) -> tuple[Any, Vector, Tensor | None, Mapping[str, Tensor]]:
+    """strategy.local as (state, vector, weight, extra)."""
+    active = torch.ones_like(key, dtype=torch.bool)
+    step = Step(round, method.task, shard, key, active, deadline=method.deadline(round))
+    state, parcel = method.strategy.local(state, step)
+    assert isinstance(parcel, Parcel)
+    return state, parcel.vector, parcel.weight, dict(parcel.extra)
+
+
+def encode(
+    vector: Vector, codec: Any, key: Key, method: Method, hop: int
+) -> tuple[Payload, Any, Vector]:
+    """(payload, codec state, what the receivers will see)."""
+    payload, codec = method.transform.encode(vector, codec, keyed.fold(key, "encode", hop))
+    return payload, codec, method.transform.decode(payload)
+
+
+def work(
+    state: Any, codec: Any, shard: Shard, key: Key, method: Method, round: int
+) -> tuple[Any, Any, Payload, Vector, Tensor | None, Mapping[str, Tensor]]:
+    """Local work and the first hop's payload: (state, codec, payload, sent, weight, extra)."""
+    state, vector, weight, extra = local(state, shard, key, method, round)
+    payload, codec, sent = encode(vector, codec, key, method, 0)
+    return state, codec, payload, sent, weight, extra
+
+
+def adopt(state: Any, received: Vector, shard: Shard, key: Key, method: Method, round: int) -> Any:
+    """A client takes the hub's parameters."""
+    taking = getattr(method.strategy, "adopt", None)
+    if taking is None:
+        return method.strategy.init(received)
+    active = torch.ones_like(key, dtype=torch.bool)
+    return taking(state, received, Step(round, method.task, shard, key, active))
+
+
+def adopt_and_work(
+    state: Any, received: Vector, codec: Any, shard: Shard, key: Key, method: Method, round: int
+) -> tuple[Any, Any, Payload, Vector, Tensor | None, Mapping[str, Tensor]]:
+    """A client's round under a hub."""
+    state = adopt(state, received, shard, key, method, round)
+    return work(state, codec, shard, key, method, round)
+
+
+def weights_of(mask: Mask, mixing: Tensor | None, taught: Tensor | None) -> tuple[Mask, Tensor | None]:
+    """Final mask and weights of the rows, own row first: [..., k + 1].
+
+    `taught` (the senders' own weights) takes precedence over the exchange's mixing weights; a
+    sender with weight 0 has nothing to say and counts as absent. A missing neighbour's mixing
+    weight goes to the own row, which keeps each row's sum at 1.
+    """
+    if taught is not None:
+        mask = mask & (taught > 0)
+        return mask, torch.where(mask, taught, 0.0)
+    if mixing is None:
+        return mask, None
+    lost = torch.where(mask, 0.0, mixing).sum(-1)
+    kept = torch.where(mask, mixing, 0.0)
+    return mask, torch.cat((kept[..., :1] + lost.unsqueeze(-1), kept[..., 1:]), -1)
+
+
+def combine(
+    own: Vector, payloads: tuple[Payload, ...], mask: Mask, mixing: Tensor | None,
+    taught: Tensor | None, extras: tuple[Mapping[str, Tensor], ...], method: Method,
+) -> tuple[Vector, Tensor, dict[str, Tensor]]:  # fmt: skip
+    """(aggregate [..., dim], rows that counted [...], combined extras); own row first."""
+    decode = method.transform.decode
+    x = torch.stack((own, *[decode(payload) for payload in payloads]), -2)
+    mask, weight = weights_of(mask, mixing, taught)
+    vector = method.aggregator(x, mask=mask, weight=weight, center=own)
+    share = mask.to(torch.float64) if weight is None else weight.to(torch.float64)
+    total = share.sum(-1, keepdim=True)
+    # A peer that heard nobody, itself included, keeps its own extras.
+    alone = torch.zeros_like(share)
+    alone[..., 0] = 1.0
+    share = torch.where(total > 0, share / torch.where(total > 0, total, 1.0), alone)
+    return vector, mask.sum(-1), combine_extras(share, extras)
+
+
+def combine_extras(
+    share: Tensor, extras: tuple[Mapping[str, Tensor], ...]
+) -> dict[str, Tensor]:
+    """Weighted means of the extras: share [..., k + 1], each extra [..., *]."""
+    combined = {}
+    for name in extras[0] if extras else ():
+        stacked = torch.stack([extra[name] for extra in extras], share.dim() - 1)
+        portion = share.reshape(share.shape + (1,) * (stacked.dim() - share.dim()))
+        combined[name] = (stacked * portion.to(stacked.dtype)).sum(share.dim() - 1)
+    return combined
+
+
+def apply(
+    state: Any, heard: Heard, sent: Vector, shard: Shard, key: Key, method: Method, round: int
+) -> tuple[Any, Vector]:
+    """strategy.apply as (state, parameters)."""
+    active = torch.ones_like(key, dtype=torch.bool)
+    step = Step(round, method.task, shard, key, active, sent, method.deadline(round))
+    state = method.strategy.apply(state, heard, step)
+    return state, method.strategy.params(state)
+
+
+def conclude(
+    state: Any, own: Vector, payloads: tuple[Payload, ...], mask: Mask, mixing: Tensor | None,
+    taught: Tensor | None, extras: tuple[Mapping[str, Tensor], ...], sent: Vector, shard: Shard,
+    key: Key, method: Method, round: int,
+) -> tuple[Any, Vector]:  # fmt: skip
+    """The last hop: combine, then apply. `own` enters the aggregate, `sent` is the first payload."""
+    vector, count, extra = combine(own, payloads, mask, mixing, taught, extras, method)
+    return apply(state, Heard(vector, count, extra), sent, shard, key, method, round)
+
+
+def freeze(state: Any) -> dict[str, Any]:
+    """A state as storable items; `thaw` is the inverse for a state of the same structure."""
+    leaves, _ = tree.flatten(state)
+    return {f"state/{i}": leaf for i, leaf in enumerate(leaves)}
+
+
+def thaw(like: Any, stored: Any) -> Any:
+    """A state of `like`'s structure from a store's `get`."""
+    leaves, structure = tree.flatten(like)
+    return tree.unflatten(structure, [stored(f"state/{i}") for i in range(len(leaves))])
