@@ -8,12 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from shoal.base import keyed
 from shoal.base.errors import Stalled
 from shoal.lab.scenario import Scenario
-from shoal.tensor import keyed as stacked
 from shoal.world.record import Happening, Row, Run
 
 CARD = '''
@@ -82,7 +79,13 @@ def write_cards(root: Path) -> Path:
 
 
 def fake_launch(
-    what: Any, scenario: Scenario, *, seed: int, engine: str, progress: Any = None
+    what: Any,
+    scenario: Scenario,
+    *,
+    seed: int,
+    engine: str,
+    progress: Any = None,
+    params: bool = True,
 ) -> Run:
     """Accuracy rises with `what.rate`; everything is a function of settings and seed."""
     rounds, rate = scenario.rounds or 10, getattr(what, "rate", 0.1)
@@ -106,10 +109,8 @@ def fake_launch(
         run.rows.append(Row("bytes_sent", 4096.0 * scenario.peers * round, time_s, round))
         if progress is not None:
             progress(round / rounds, f"round {round} of {rounds}")
-    key = stacked.key_of(seed, "params")
-    for peer in range(scenario.peers):
-        run.final[peer] = rate * stacked.normal(stacked.fold(key, peer), torch.arange(7))
-    run.names, run.shapes = ("weight", "bias"), ((2, 3), (1,))
+    if params:
+        _train(run, rate)
     run.bytes_sent = [
         int(4096 * rounds * (0.5 + keyed.uniform(seed, "load", p))) for p in range(scenario.peers)
     ]
@@ -121,6 +122,18 @@ def fake_launch(
     return run
 
 
+def _train(run: Run, rate: float) -> None:
+    """Final parameters of 7 numbers, by key."""
+    import torch
+
+    from shoal.tensor import keyed as stacked
+
+    key = stacked.key_of(run.seed, "params")
+    for peer in range(run.peers):
+        run.final[peer] = rate * stacked.normal(stacked.fold(key, peer), torch.arange(7))
+    run.names, run.shapes = ("weight", "bias"), ((2, 3), (1,))
+
+
 def failing_launch(what: Any, scenario: Scenario, *, seed: int, engine: str, progress: Any) -> Run:
     """As `fake_launch`, but seed 1 stalls."""
     if seed == 1:
@@ -129,7 +142,7 @@ def failing_launch(what: Any, scenario: Scenario, *, seed: int, engine: str, pro
 
 
 def counting_launch(what: Any, scenario: Scenario, *, seed: int, engine: str, progress: Any) -> Run:
-    """As `fake_launch`; appends a line to the file that FAKE_LOG names, then blocks if told to.
+    """As `fake_launch` without parameters; leaves a line in FAKE_LOG, then blocks if told to.
 
     The line is the evidence of which cells were really run. FAKE_BLOCK is a seed at which the run
     reads from a pipe that nobody writes, so that a test can kill it in the middle.
@@ -139,7 +152,7 @@ def counting_launch(what: Any, scenario: Scenario, *, seed: int, engine: str, pr
     if os.environ.get("FAKE_BLOCK") == str(seed):
         reader, _writer = os.pipe()
         os.read(reader, 1)
-    return fake_launch(what, scenario, seed=seed, engine=engine, progress=progress)
+    return fake_launch(what, scenario, seed=seed, engine=engine, progress=progress, params=False)
 
 
 @dataclass(frozen=True)

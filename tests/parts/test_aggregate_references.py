@@ -191,6 +191,8 @@ def test_mix_is_the_mixing_matrix_times_the_stack(layout: str, dtype: torch.dtyp
     out = Mean().mix(weight, bad)
     torch.testing.assert_close(out[2:5], expected[0, 2:5])
     torch.testing.assert_close(out[1], ((x[0, 1] + x[0, 2]) / 2).to(dtype))
+    lonely = Mean().mix(weight, torch.full_like(bad, float("nan")), bad)
+    torch.testing.assert_close(lonely, bad, equal_nan=True, rtol=0, atol=0)
     # Without weights a link is a link.
     plain = Mean(weighted=False).mix(weight, x[0].to(dtype))
     torch.testing.assert_close(plain, expected[0])
@@ -261,7 +263,7 @@ def test_nna_serves_each_receiver_its_own_faulty_vectors() -> None:
 )
 def test_nna_contracts_as_proven_with_eleven_times_as_many_nodes(adversary) -> None:
     n, f, dim = 22, 2, 10
-    keys = keyed.grid(keyed.key_of(5, "reduction"), 250)
+    keys = keyed.grid(keyed.key_of(5, "reduction"), 170)
     plain = keyed.normal(keyed.grid(keyed.grid(keys, n - f), dim), dtype=torch.float64)
     # From equal spread to a few peers far out.
     spread = torch.exp(keyed.normal(keyed.grid(keyed.fold(keys, "spread"), n - f)))

@@ -42,6 +42,18 @@ def fold(state: int, *key: Word) -> int:
     return state & MASK
 
 
+def mix(state: int, bits: int) -> int:
+    """`fold(state, bits)` of one integer, for a draw with every message.
+
+    >>> mix(7, 9) == fold(7, 9)
+    True
+    """
+    z = ((state ^ bits) + GOLDEN) & MASK
+    z = ((z ^ (z >> 30)) * MIX_1) & MASK
+    z = ((z ^ (z >> 27)) * MIX_2) & MASK
+    return z ^ (z >> 31)
+
+
 def uniform(seed: int, *key: Word) -> float:
     """One draw from [0, 1), 53 bits."""
     return (fold(0, seed, *key) >> 11) * UNIT

@@ -6,7 +6,7 @@ import time
 
 
 class Stopwatch:
-    """Runs from construction; `wall_s` and `cpu_s` (this process, all threads) may be read often."""
+    """Runs from construction; `wall_s` and `cpu_s` (this process, all threads) at any time."""
 
     def __init__(self) -> None:
         self._wall = time.perf_counter()

@@ -25,7 +25,8 @@ class Mailbox:
     """Unread mail by kind and tag, and the waits that it may satisfy, oldest first."""
 
     __slots__ = (
-        "_arrivals", "_closed", "_drop", "_floor", "_held_bytes", "_limit", "_tags", "mail", "waits",
+        "_arrivals", "_closed", "_drop", "_floor", "_held_bytes", "_limit", "_tags", "mail",
+        "waits",
     )  # fmt: skip
 
     def __init__(self, limits: Limits, drop: Callable[[str], None]) -> None:

@@ -12,7 +12,6 @@ from shoal.base.errors import (
     Leaving,
     LimitReached,
     PeerError,
-    ProgramError,
     UsageError,
 )
 from shoal.base.ids import ANY, PeerId, Tag
@@ -164,7 +163,9 @@ class Runtime:
     async def _refuse(self, envelope: Envelope[Any]) -> None:
         await self._reply(envelope, Failure("too many requests in flight"))  # type: ignore[arg-type]
 
-    async def _answer(self, handler: Callable[[Any], Awaitable[Any]], envelope: Envelope[Any]) -> None:
+    async def _answer(
+        self, handler: Callable[[Any], Awaitable[Any]], envelope: Envelope[Any]
+    ) -> None:
         try:
             answer = await handler(envelope)
         except Exception as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 from shoal.base.errors import UsageError
 from shoal.lab.card import Source
 
+# From `SYSTEM =` at the margin to the parenthesis that closes it at the margin.
+_CARD = re.compile(r"^SYSTEM\b[^\n]*=[^\n]*\n(?:[^\n)][^\n]*\n|\n)*\)", re.MULTILINE)
 _BOUNDS = {"at_most": "<= {}", "at_least": ">= {}", "between": "{} to {}"}
 _COMPARE = {"ratio": "{} / {}", "difference": "{} - {}", "value": "{}"}
 
@@ -56,21 +59,31 @@ class CardText:
         }
 
 
-def read_card(text: str, file: str, family: str, root: Path) -> CardText | None:
-    """The card in a module's text; None when the module assigns no `SYSTEM`."""
+def read_card(
+    text: str, file: str, family: str, root: Path, *, whole: bool = True
+) -> CardText | None:
+    """The card in a module's text; None when the module assigns no `SYSTEM`.
+
+    whole: also the module's docstring and the settings of what it makes, which takes parsing all of
+    the text instead of the card alone (six times as long; there may be a hundred systems).
+    """
+    found = None if whole else _CARD.search(text)
     try:
-        tree = ast.parse(text)
+        tree = ast.parse(found[0] if found else text)
     except SyntaxError as error:
+        if found:
+            return read_card(text, file, family, root)
         raise UsageError(f"{file}:{error.lineno}: this is not Python: {error.msg}") from None
     call = _assigned(tree, "SYSTEM")
     if call is None:
         return None
     if not isinstance(call, ast.Call) or _callee(call) != "System":
-        raise UsageError(f"{file}:{call.lineno}: SYSTEM must be a literal System(...)")
+        line = call.lineno + (text.count("\n", 0, found.start()) if found else 0)
+        raise UsageError(f"{file}:{line}: SYSTEM must be a literal System(...)")
     values = _arguments(call, ("name", "kind", "title"))
     for key in ("name", "kind", "title"):
         if not isinstance(_value(values.get(key)), str):
-            raise UsageError(f"{file}:{call.lineno}: SYSTEM has no literal {key} (write a string)")
+            raise UsageError(f"{file}: SYSTEM has no literal {key} (write a string)")
     arms = values.get("arms")
     names = [_value(key) for key in arms.keys] if isinstance(arms, ast.Dict) else []
     return CardText(

@@ -51,7 +51,7 @@ def cards(family: str | None = None) -> tuple[CardText, ...]:
     for root, name, file in files():
         # The cheap test spares parsing files without a card.
         text = file.read_text(encoding="utf-8")
-        card = read_card(text, str(file), name, root) if "SYSTEM" in text else None
+        card = read_card(text, str(file), name, root, whole=False) if "SYSTEM" in text else None
         if card is None:
             continue
         if card.name in out:
@@ -79,16 +79,26 @@ def find(name: str) -> CardText:
         raise UsageError(
             f"no system {name!r}; {near(name, known)} (`shoal list` names all of them)"
         )
-    return known[name]
+    card = known[name]
+    text = Path(card.file).read_text(encoding="utf-8")
+    whole = read_card(text, card.file, card.family, card.root)
+    assert whole is not None
+    return whole
 
 
 def load(name: str) -> System:
-    """The card of a system, its module imported."""
-    card = find(name)
-    system = getattr(_module(Path(card.file), card.family, card.root), "SYSTEM", None)
-    if not isinstance(system, System):
-        raise UsageError(f"{card.file}: SYSTEM is no System (make it with System(...))")
-    return system
+    """The card of a system, its module imported (once per process)."""
+    key = (name, os.environ.get("SHOAL_SYSTEMS", ""))
+    if key not in _loaded:
+        card = find(name)
+        system = getattr(_module(Path(card.file), card.family, card.root), "SYSTEM", None)
+        if not isinstance(system, System):
+            raise UsageError(f"{card.file}: SYSTEM is no System (make it with System(...))")
+        _loaded[key] = system
+    return _loaded[key]
+
+
+_loaded: dict[tuple[str, str], System] = {}
 
 
 def scenario(name: str) -> Scenario:

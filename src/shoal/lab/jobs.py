@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing
 import os
 import pickle
@@ -78,9 +77,8 @@ def _check_picklable(waiting: list[tuple[Cell, str | None]], launcher: Launcher)
 def _start_worker() -> None:
     # Ctrl-C reaches every process of the terminal's group; the parent decides what to do.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # Processes share the cores, so each gets one thread; set before torch is imported.
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Processes share the cores, so each gets one thread; torch reads this when it is imported.
+    os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE")
     threading.Thread(target=_die_with_parent, daemon=True).start()
 
 
@@ -94,10 +92,6 @@ def _die_with_parent() -> None:
 
 def _work(cell: Cell, launcher: Launcher, params: Path | None) -> tuple[bytes | None, str]:
     """In the worker: run a cell, save its parameters, return the encoded run or the error."""
-    import torch
-
-    with contextlib.suppress(RuntimeError):
-        torch.set_num_threads(1)
     try:
         run = execute(cell, launcher, None)
     except UsageError:

@@ -2,55 +2,200 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from shoal.lab.build import build
+from shoal.base.errors import UsageError
+from shoal.lab.build import Pieces, build
+from shoal.lab.scenario import Scenario
 
 if TYPE_CHECKING:
     from shoal.lab.cell import Progress
-    from shoal.lab.scenario import Scenario
+    from shoal.rounds.measure import Measure
+    from shoal.rounds.method import Method
+    from shoal.world.network import Network
     from shoal.world.record import Run
+
+ENGINES = ("auto", "event", "lockstep", "live")
 
 
 def launch(
-    what: Any,
-    scenario: Scenario,
-    *,
-    seed: int,
-    engine: str = "auto",
+    what: Any, scenario: Scenario, *, seed: int, engine: str = "auto",
     progress: Progress | None = None,
-) -> Run:
+) -> Run:  # fmt: skip
     """Run a Strategy or Program in a scenario and return what it left behind.
 
-    The scenario's parts are built here; the engine sees live objects and explicit faults only.
+    "auto" is `lockstep` for a strategy whose faults it knows, else `event`.
     """
-    pieces = build(scenario)
-    # ---- The engines are called here and nowhere else in the lab. ----
-    from shoal.engine import run  # type: ignore[attr-defined]
-
-    return run(
-        what,
-        peers=scenario.peers,
-        seed=seed,
-        engine=engine,
-        rounds=scenario.rounds,
-        seconds=scenario.seconds,
-        round_s=scenario.round_s,
-        eval_every=scenario.eval_every,
-        eval_every_s=scenario.eval_every_s,
-        eval_peers=scenario.eval_peers,
-        task=pieces.task,
-        topology=pieces.topology,
-        exchange=pieces.exchange,
-        aggregator=pieces.aggregator,
-        transform=pieces.transform,
-        attack=pieces.attack,
-        byzantine=pieces.byzantine,
-        links=pieces.links,
-        device=pieces.device,
-        faults=pieces.faults,
-        batching=scenario.engine.batching,
-        strict=scenario.engine.strict,
-        torch_device=scenario.engine.device,
-        progress=progress,
+    if is_strategy(what):
+        return launch_seeds(what, [scenario], [seed], engine=engine, progress=progress)[0]
+    if engine not in ("auto", "event", "live"):
+        raise UsageError(
+            f"engine {engine!r} cannot run a program (use 'event' or 'live'; lockstep runs strategies)"
+        )
+    pieces = build(replace(scenario, seed=seed))
+    network = network_of(scenario, pieces)
+    run = _run_program(
+        bound(what, scenario, pieces, seed), scenario, pieces, network, seed, engine, progress
     )
+    return _named(run, pieces.task)
+
+
+def launch_seeds(
+    what: Any, scenarios: Sequence[Scenario], seeds: Sequence[int], *, engine: str = "auto",
+    progress: Progress | None = None,
+) -> list[Run]:  # fmt: skip
+    """One strategy in one scenario with several seeds: stacked in one lockstep run where it can be.
+
+    `scenarios[i]` is the scenario of `seeds[i]`; they may differ in what a seed determines.
+    """
+    if engine not in ENGINES:
+        raise UsageError(f"engine {engine!r}; need one of {', '.join(ENGINES)}")
+    made = [_method(what, s, seed) for s, seed in zip(scenarios, seeds, strict=True)]
+    from shoal.engine.lockstep import run_lockstep
+    from shoal.engine.lockstep.timeline import SUPPORTED
+
+    calm = all(isinstance(f, SUPPORTED) for _, network, _, _ in made for f in network.faults)
+    if engine == "lockstep" or (engine == "auto" and calm):
+        methods = [method for method, *_ in made]
+        networks = [network for _, network, *_ in made]
+        measures = [measure for *_, measure in made]
+        note = None if progress is None else _rounds_note(progress, methods[0].rounds)
+        runs = run_lockstep(methods, networks, measures=measures, progress=note)
+    else:
+        from shoal.rounds.adapter import Rounds
+
+        runs = []
+        for (method, network, pieces, measure), scenario, seed in zip(
+            made, scenarios, seeds, strict=True
+        ):
+            program = Rounds.of(method)
+            runs.append(
+                _run_program(program, scenario, pieces, network, seed, engine, progress, measure)
+            )
+    return [_named(run, pieces.task) for run, (_, _, pieces, _) in zip(runs, made, strict=True)]
+
+
+def is_strategy(what: Any) -> bool:
+    """Whether this is written as rounds (init, local, apply, params), not as a program."""
+    return all(hasattr(what, name) for name in ("init", "local", "apply", "params"))
+
+
+def network_of(scenario: Scenario, pieces: Pieces) -> Network:
+    """The world around the peers."""
+    from shoal.world.device import Device
+    from shoal.world.links import Links
+    from shoal.world.network import Network
+
+    return Network(
+        scenario.peers, pieces.topology, pieces.links or Links(), pieces.device or Device(),
+        pieces.faults,
+    )  # fmt: skip
+
+
+def bound(what: Any, scenario: Scenario, pieces: Pieces, seed: int) -> Any:
+    """A program with its workload, if it takes one."""
+    bind = getattr(what, "bind", None)
+    if bind is None:
+        return what
+    from shoal.rounds.workload import Workload
+
+    if pieces.task is None:
+        raise UsageError(
+            f"Scenario {scenario.name!r}: {type(what).__name__} learns and needs a task "
+            "(set task = 'digits')"
+        )
+    aggregator, transform = _defaults(pieces)
+    workload = Workload(
+        pieces.task, aggregator, transform, scenario.rounds, scenario.seconds, seed,
+        max(1, scenario.eval_every),
+    )  # fmt: skip
+    return bind(workload)
+
+
+def _defaults(pieces: Pieces) -> tuple[Any, Any]:
+    from shoal.parts import find
+
+    transform = pieces.transform or find("transform", "identity")()
+    return pieces.aggregator or find("aggregate", "mean")(), transform.bind(pieces.task.spec)
+
+
+def _method(what: Any, scenario: Scenario, seed: int) -> tuple[Method, Network, Pieces, Measure]:
+    from shoal.engine.lockstep import round_seconds
+    from shoal.parts import find
+    from shoal.rounds.measure import Measure
+    from shoal.rounds.method import Method
+
+    if scenario.rounds is None:
+        raise UsageError(
+            f"Scenario {scenario.name!r}: no rounds; a strategy needs a number of them (set rounds)"
+        )
+    pieces = build(replace(scenario, seed=seed))
+    if pieces.task is None:
+        raise UsageError(f"Scenario {scenario.name!r}: no task to learn (set task = 'digits')")
+    exchange = pieces.exchange
+    if exchange is None:
+        topology = pieces.topology or find("topology", "full")(scenario.peers)
+        exchange = find("exchange", "gossip")(topology)
+    aggregator, transform = _defaults(pieces)
+    network = network_of(scenario, pieces)
+    restarts = any(f.kind == "crash" and f.until is not None for f in pieces.faults)
+    method = Method(
+        what, pieces.task, exchange, aggregator, transform, scenario.rounds,
+        scenario.round_s or 1.0, seed, pieces.attack if pieces.byzantine else None,
+        pieces.byzantine, scenario.eval_every or scenario.rounds, int(restarts),
+    )  # fmt: skip
+    if scenario.round_s is None:
+        method = replace(method, round_s=round_seconds(method, network))
+    measure = Measure(
+        pieces.task, seed=seed, byzantine=pieces.byzantine, evaluated=scenario.eval_peers
+    )
+    return method, network, pieces, measure
+
+
+def _run_program(
+    program: Any, scenario: Scenario, pieces: Pieces, network: Network, seed: int, engine: str,
+    progress: Progress | None, measure: Measure | None = None,
+) -> Run:  # fmt: skip
+    from shoal.rounds.measure import Measure
+
+    if measure is None and pieces.task is not None:
+        measure = Measure(
+            pieces.task, seed=seed, byzantine=pieces.byzantine, evaluated=scenario.eval_peers
+        )
+    horizon_s = float("inf") if scenario.seconds is None else scenario.seconds
+    note = None
+    if progress is not None:
+        whole = scenario.seconds
+
+        def note(virtual_s: float, events: int) -> None:
+            part = min(1.0, virtual_s / whole) if whole else 0.0
+            progress(part, f"{virtual_s:.1f} s virtual, {events:,} events")
+
+    if engine == "live":
+        from shoal.engine.live import LiveSettings, run_live
+
+        live = LiveSettings(horizon_s=horizon_s)
+        return run_live(
+            program, network, seed=seed, settings=live, observer=measure, progress=note
+        )
+    from shoal.engine.event import EventSettings, simulate
+
+    settings = EventSettings(
+        batching=scenario.engine.batching, strict=scenario.engine.strict, horizon_s=horizon_s
+    )
+    return simulate(
+        program, network, seed=seed, settings=settings, observer=measure, progress=note
+    )
+
+
+def _rounds_note(progress: Progress, rounds: int) -> Any:
+    return lambda done: progress(done / rounds, f"round {done} of {rounds}")
+
+
+def _named(run: Run, task: Any) -> Run:
+    """How final parameters split into named tensors."""
+    if task is not None:
+        run.names, run.shapes = task.spec.names, task.spec.shapes
+    return run

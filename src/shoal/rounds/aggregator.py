@@ -20,5 +20,8 @@ class Aggregator(Protocol):
         self, x: Stack, *, mask: Mask, weight: Weight | None = None, center: Vector | None = None
     ) -> Vector: ...
 
-    # Optional, for linear rules: mix(weight, x) with weight [receivers, senders] (sparse or dense)
-    # and x [senders, dim] replaces the gather of [receivers, k, dim] by one product.
+    # Optional, for linear rules: mix(weight, x, center=None) with weight [receivers, senders]
+    # (CSR or dense) and x [..., senders, dim] replaces the gather of [receivers, k, dim] by one
+    # product; a receiver without a finite sender gets its center [..., receivers, dim], or zeros.
+    # Optional: everyone(x [..., n, dim], mask [..., n]) -> [..., n, dim], all receivers of the
+    # same rows at once: row i is self(x, mask=mask, center=x[..., i, :]) for each present i.

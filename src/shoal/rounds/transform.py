@@ -49,3 +49,6 @@ class Transform(Protocol):
     def unpack(self, data: bytes | memoryview) -> Payload:
         """Inverse of a row's `pack`; raises DecodeError on anything malformed."""
         ...
+
+    # Optional promises that the contract suite checks: unbiased, dense, stateful, adds_noise
+    # (bools), and contraction(dim) -> float | None: E|decode(encode(x)) - x|^2 <= c |x|^2.

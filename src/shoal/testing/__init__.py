@@ -1,0 +1,1 @@
+"""Public contract suites: whoever writes a part, a program or a strategy runs ours on it."""

@@ -91,7 +91,7 @@ def _check_meta(attack: Attack, honest: Stack, own: Stack, key: Key) -> None:
 
 
 def _check_poison(attack: Attack, task: Task, key: Key) -> None:
-    peers = torch.arange(min(3, task.peers))
+    peers = torch.arange(min(3, task.peers), device=key.device)
     shard = task.shard(peers)
     labels = None if shard.labels is None else shard.labels.clone()
     out = attack.poison(task, shard, key.expand(peers.shape))

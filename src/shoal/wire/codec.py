@@ -110,9 +110,11 @@ def _raw(part: Any) -> Buffer:
     if not isinstance(part, Tensor):
         return part.pack()
     # Conjugation and negation are lazy bits of a view; bytes know nothing of them.
-    flat = part.detach().resolve_conj().resolve_neg().cpu().contiguous().reshape(-1)
-    if flat.numel() == 0:
+    dense = part.detach().resolve_conj().resolve_neg().cpu().contiguous()
+    if dense.numel() == 0:
         return b""
+    # Not `reshape(-1)`: an axis of length 1 counts as contiguous and may keep any stride.
+    flat = dense.as_strided((dense.numel(),), (1,))
     return memoryview(flat.view(torch.uint8).numpy())
 
 

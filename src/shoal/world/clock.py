@@ -57,9 +57,8 @@ class Clock:
 
     def right(self, run_ns: int, offset_ns: int, drift: float) -> None:
         """Take back the oldest skew of this offset and drift."""
-        number = next(
-            i for i, (offset, rate, _) in enumerate(self._skews) if (offset, rate) == (offset_ns, drift)
-        )
+        known = [(offset, rate) for offset, rate, _ in self._skews]
+        number = known.index((offset_ns, drift))
         _, _, since = self._skews.pop(number)
         if not self._skews:
             self._run = self._local = 0

@@ -35,7 +35,7 @@ class _Fault:
     kind: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "who", tuple(int(peer) for peer in self.who))
+        object.__setattr__(self, "who", tuple(dict.fromkeys(int(peer) for peer in self.who)))
         for name in ("at", "until"):
             value = getattr(self, name)
             if value is None:
@@ -73,13 +73,31 @@ class Join(_Fault):
 
     kind: ClassVar[str] = "join"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _for_good(self)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Leave(_Fault):
-    """Peers are told to go (`Leaving` is thrown into their program) and are gone `grace_s` later."""
+    """Peers are told to go: `Leaving` is thrown into their program; then they have `grace_s`."""
 
     grace_s: float = 1.0
     kind: ClassVar[str] = "leave"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.grace_s < math.inf:
+            raise UsageError(f"leave: grace_s={self.grace_s}; need a finite number >= 0")
+        _for_good(self)
+
+
+def _for_good(fault: _Fault) -> None:
+    if fault.until is not None:
+        raise UsageError(
+            f"{fault.kind}: until={fault.until!r}; it has no end (use crash for peers that go and "
+            "come back)"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +117,7 @@ class Slow(_Fault):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.factor > 0:
+        if not 0 < self.factor < math.inf:
             raise UsageError(f"slow: factor={self.factor}; need a positive number")
 
 
@@ -130,7 +148,10 @@ class Hold(_Fault):
 
 @dataclass(frozen=True, kw_only=True)
 class Skew(_Fault):
-    """The clocks of these peers show `offset_s` more and run `drift` faster (1e-4 = 100 ppm)."""
+    """The clocks of these peers show `offset_s` more and run `drift` faster (1e-4 = 100 ppm).
+
+    At `until` they are set right again.
+    """
 
     offset_s: float = 0.0
     drift: float = 0.0
@@ -138,6 +159,8 @@ class Skew(_Fault):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not -math.inf < self.offset_s < math.inf:
+            raise UsageError(f"skew: offset_s={self.offset_s}; need a finite number")
         if not -0.5 <= self.drift <= 0.5:
             raise UsageError(f"skew: drift={self.drift}; need a number in [-0.5, 0.5]")
 

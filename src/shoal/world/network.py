@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Network:
-    """Everything around `peers` peers. Without a topology every peer's neighbours are all others."""
+    """Everything around `peers` peers. Without a topology everybody is everybody's neighbour."""
 
     peers: int
     topology: Topology | None = None

@@ -3,6 +3,9 @@
 A call made at t with duration d is due at t + d, and nobody can see its result before that. So it
 waits, and when the first call of a group (same function, constants, shapes and types) is due, the
 whole group runs on stacked arguments; the others keep their results until their own due time.
+
+That is right only for functions that are pure and whose leading axes are batch axes. The first
+batch of each function is therefore compared with its first row computed alone.
 """
 
 from __future__ import annotations
@@ -11,7 +14,6 @@ from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from shoal.base.errors import UsageError
 from shoal.base.units import to_ns
@@ -19,17 +21,24 @@ from shoal.engine.executor import Executor
 from shoal.kernel.peer import Batching, Cost
 from shoal.kernel.waits import Wait
 from shoal.tensor import tree
+from shoal.tensor.flops import count_flops
 
 if TYPE_CHECKING:
     from shoal.engine.event.simulation import Simulation
     from shoal.kernel.runtime import Runtime
 
+_APART = 0.1
+"""How far, relative to its norm, a row of a batch may be from the same row computed alone.
+
+Rounding differs by parts in a million, and a long computation may amplify it; a norm, mean or
+maximum taken over the wrong axis is off by its own size.
+"""
+
 
 class _Call:
-    __slots__ = ("args", "bytes", "error", "group", "peer", "ran", "result", "wait")
+    __slots__ = ("args", "bytes", "error", "group", "ran", "result", "wait")
 
-    def __init__(self, peer: int, wait: Wait, args: tuple[Any, ...], size_bytes: int) -> None:
-        self.peer = peer
+    def __init__(self, wait: Wait, args: tuple[Any, ...], size_bytes: int) -> None:
         self.wait = wait
         self.args = args
         self.bytes = size_bytes
@@ -40,14 +49,15 @@ class _Call:
 
 
 class _Group:
-    __slots__ = ("batch", "calls", "function", "key", "static")
+    __slots__ = ("batch", "calls", "function", "key", "shapes", "static")
 
     def __init__(self, key: Any, function: Callable[..., Any], static: tuple[Any, ...],
-                 batch: Batching) -> None:  # fmt: skip
+                 batch: Batching, shapes: Any) -> None:  # fmt: skip
         self.key = key
         self.function = function
         self.static = static
         self.batch = batch
+        self.shapes = shapes
         self.calls: list[_Call] = []
 
 
@@ -62,6 +72,7 @@ class Batcher:
         self._open: dict[Any, _Group] = {}
         self._free = [0] * simulation.network.peers
         self._estimates: dict[Any, Cost] = {}
+        self._trusted: set[Any] = set()
 
     def submit(
         self, runtime: Runtime, function: Callable[..., Any], args: tuple[Any, ...],
@@ -72,20 +83,32 @@ class Batcher:
             raise UsageError(f"compute: batch={batch!r}; need 'leading', 'vmap' or 'never'")
         leaves, structure = tree.flatten(args)
         shapes = tuple([(leaf.shape, leaf.dtype, leaf.device) for leaf in leaves])
+        # 1 == True == 1.0, but a function may tell them apart.
+        kinds = tuple([type(constant) for constant in static])
+        try:
+            hash((function, static))
+        except TypeError as error:
+            raise UsageError(
+                f"compute: static={static!r}: {error} (pass tensors as arguments, and constants as "
+                "numbers, strings, tuples or frozen dataclasses)"
+            ) from None
         if cost is None:
-            cost = self._estimate(function, args, static, (structure, shapes))
-        self.flops += cost.flops
+            cost = self._estimate(function, args, static, (kinds, structure, shapes))
         peer = runtime.id
-        seconds = simulation.network.device.seconds(peer, cost) * simulation.slow[peer]
+        seconds = simulation.network.device.seconds(peer, cost, simulation.slow[peer])
+        if not 0 <= seconds < float("inf"):
+            raise UsageError(f"compute: {cost} takes {seconds} s; need a finite time >= 0")
+        self.flops += cost.flops
         due = max(simulation.now_ns, self._free[peer]) + to_ns(seconds)
         self._free[peer] = due
         wait = Wait(simulation.ready)
-        call = _Call(peer, wait, args, sum(leaf.nbytes for leaf in leaves))
+        call = _Call(wait, args, sum([leaf.nbytes for leaf in leaves]))
         shared = self._lazy and batch != "never" and leaves
-        key = (function, static, batch, structure, shapes) if shared else call
+        key = (function, static, kinds, batch, structure, shapes) if shared else call
         group = self._open.get(key)
         if group is None:
-            group = self._open[key] = _Group(key, function, static, batch)
+            group = _Group(key, function, static, batch, (structure, shapes))
+            self._open[key] = group
         group.calls.append(call)
         call.group = group
         simulation.at(due, self._due, call)
@@ -96,22 +119,23 @@ class Batcher:
         self._free[peer] = self._simulation.now_ns
 
     def _due(self, call: _Call, _: Any) -> None:
+        group, call.group = call.group, None
+        assert group is not None
         if call.wait.done:
             # Cancelled: nobody wants the result. Leave the group if it has not run.
-            group = call.group
-            if group is not None and not call.ran:
+            if not call.ran:
                 group.calls.remove(call)
                 if not group.calls:
                     self._open.pop(group.key, None)
             return
         if not call.ran:
-            assert call.group is not None
-            self._run(call.group)
-        call.group = None
+            self._run(group)
         if call.error is not None:
             call.wait.fail(call.error)
         else:
             call.wait.resolve(call.result)
+        call.args = ()
+        call.result = None
 
     def _run(self, group: _Group) -> None:
         self._open.pop(group.key, None)
@@ -120,28 +144,58 @@ class Batcher:
         calls = [call for call in group.calls if not call.wait.done]
         group.calls = []
         chunks = self._chunks(calls)
-        stacked = [c for c in chunks if len(c) > 1]
-        if stacked:
-            batches = [
-                (group.function, group.batch, tree.stack([c.args for c in chunk]), group.static)
-                for chunk in stacked
-            ]
-            try:
-                results = self._executor.run(_batched, batches)
-            except Exception:
-                # One bad call must fail alone, with its own error.
-                chunks = [[call] for call in calls]
-            else:
-                for chunk, result in zip(stacked, results, strict=True):
-                    for call, row in zip(chunk, tree.rows(result, len(chunk)), strict=True):
-                        call.result = row
+        stacked = [chunk for chunk in chunks if len(chunk) > 1]
+        if stacked and not self._agrees(group, stacked[0]):
+            return
+        try:
+            self._together(group, stacked)
+        except Exception:
+            # One bad call must fail alone, with its own error.
+            for chunk in stacked:
+                try:
+                    self._together(group, [chunk])
+                except Exception:
+                    for call in chunk:
+                        self._alone(group, call)
         for chunk in chunks:
             if len(chunk) == 1:
-                call = chunk[0]
-                try:
-                    call.result = group.function(*call.args, *group.static)
-                except Exception as error:
-                    call.error = error
+                self._alone(group, chunk[0])
+
+    def _together(self, group: _Group, chunks: list[list[_Call]]) -> None:
+        batches = [
+            (group.function, group.batch, tree.stack([c.args for c in chunk]), group.static)
+            for chunk in chunks
+        ]
+        results = self._executor.run(run_batch, batches) if batches else []
+        rows = [split_rows(r, len(c)) for c, r in zip(chunks, results, strict=True)]
+        for chunk, values in zip(chunks, rows, strict=True):
+            for call, value in zip(chunk, values, strict=True):
+                call.result = value
+
+    @staticmethod
+    def _alone(group: _Group, call: _Call) -> None:
+        try:
+            call.result = group.function(*call.args, *group.static)
+        except Exception as error:
+            call.error = error
+
+    def _agrees(self, group: _Group, calls: list[_Call]) -> bool:
+        """Check a function at its first batch; on a rule broken, every call of it fails."""
+        key = (group.function, group.batch, group.shapes)
+        if key in self._trusted:
+            return True
+        try:
+            problem = _compare(group, calls)
+        except Exception:
+            # The function itself raises: `_run` finds out for whom.
+            return True
+        if problem is None:
+            self._trusted.add(key)
+            return True
+        name = getattr(group.function, "__qualname__", repr(group.function))
+        for call in calls:
+            call.error = UsageError(f"compute: {name} {problem}")
+        return False
 
     def _chunks(self, calls: list[_Call]) -> list[list[_Call]]:
         """Parts of a group that fit the memory bound, and one per worker at least."""
@@ -158,19 +212,17 @@ class Batcher:
 
         Bare integers among the constants (a round's number) are taken not to change the cost.
         """
-        key = (function, tuple(c for c in static if type(c) is not int), at)
+        key = (function, tuple([c for c in static if type(c) is not int]), at)
         cost = self._estimates.get(key)
         if cost is None:
-            counter = FlopCounterMode(display=False)
-            with counter:
-                function(*args, *static)
-            cost = self._estimates[key] = Cost(flops=float(counter.get_total_flops()))
+            cost = self._estimates[key] = Cost(flops=count_flops(function, *args, *static))
         return cost
 
 
-def _batched(
+def run_batch(
     function: Callable[..., Any], batch: Batching, args: tuple[Any, ...], static: tuple[Any, ...]
 ) -> Any:
+    """A function of one peer's arguments on stacked arguments."""
     if batch == "leading":
         return function(*args, *static)
     leaves, structure = tree.flatten(args)
@@ -183,3 +235,54 @@ def _batched(
 
     results = torch.vmap(flat, randomness="error")(*leaves)
     return tree.unflatten(out[0], results)
+
+
+def split_rows(result: Any, count: int) -> list[Any]:
+    """One result per call; UsageError when the leading axis was not kept."""
+    leaves, _ = tree.flatten(result)
+    for leaf in leaves:
+        if leaf.dim() == 0 or leaf.shape[0] != count:
+            raise UsageError(f"gave shape {tuple(leaf.shape)} for {count} stacked calls {_REPAIR}")
+    return tree.rows(result, count)
+
+
+_REPAIR = (
+    "(leading axes must be batch axes: reduce over dim=-1 and the like, or pass batch='vmap' "
+    "or batch='never')"
+)
+
+
+def _compare(group: _Group, calls: list[_Call]) -> str | None:
+    """What is wrong with batching this function, if its first call shows it."""
+    before = torch.random.get_rng_state()
+    alone = group.function(*calls[0].args, *group.static)
+    if not torch.equal(before, torch.random.get_rng_state()):
+        torch.random.set_rng_state(before)
+        return "draws from the global random generator (take a key from peer.key and fold it)"
+    calls = calls[:3]
+    stacked = tree.stack([call.args for call in calls])
+    try:
+        result = run_batch(group.function, group.batch, stacked, group.static)
+        first = split_rows(result, len(calls))[0]
+    except UsageError as error:
+        return str(error)
+    mine, structure = tree.flatten(alone)
+    theirs, other = tree.flatten(first)
+    if structure != other:
+        return f"gave another structure for stacked calls than for one {_REPAIR}"
+    for a, b in zip(mine, theirs, strict=True):
+        if a.shape != b.shape or a.dtype != b.dtype:
+            return (
+                f"gave {tuple(b.shape)} {b.dtype} per row of {len(calls)} stacked calls and "
+                f"{tuple(a.shape)} {a.dtype} for one {_REPAIR}"
+            )
+        if a.is_floating_point() and _far(a, b):
+            return f"gave other numbers for {len(calls)} stacked calls than for one {_REPAIR}"
+    return None
+
+
+def _far(a: torch.Tensor, b: torch.Tensor) -> bool:
+    a, b = a.double(), b.double()
+    known = a.isfinite() & b.isfinite()
+    apart = torch.where(known, a - b, 0.0).norm()
+    return bool(apart > _APART * torch.where(known, a, 0.0).norm() + 1e-6)

@@ -14,6 +14,7 @@ from shoal.base.errors import (
     UsageError,
     WireError,
 )
+from shoal.base.keyed import mix
 from shoal.base.units import to_ns
 from shoal.kernel.mailbox import require_message
 from shoal.kernel.peer import Envelope
@@ -32,7 +33,7 @@ _REPEATS = 32
 
 
 class _Link:
-    """What is constant about one ordered pair of peers until the next fault, and what it carried."""
+    """What is constant about an ordered pair of peers until the next fault, and what it carried."""
 
     __slots__ = ("blocked", "drawn", "epoch", "extra", "hold", "jitter_key", "latency_ns", "latest",
                  "loss_key", "repeats", "threshold", "waiting")  # fmt: skip
@@ -81,6 +82,8 @@ class Delivery:
         # Nanoseconds per byte; 0 = unlimited.
         self._up = [1e9 / links.uplink_of(p) for p in range(peers)] if sharing else []
         self._down = [1e9 / links.downlink_of(p) for p in range(peers)] if sharing else []
+        # The longest queue that an uplink takes without asking its sender to wait.
+        self._up_most = [int(simulation.limits.queue_bytes * rate) for rate in self._up]
         self._up_free = [0] * peers
         self._down_free = [0] * peers
         self._enter = self._enter_downlink
@@ -181,7 +184,9 @@ class Delivery:
             if free > now:
                 start = free
             end = self._up_free[source] = start + int(size * self._up[source])
-            full = self._backlog(source, end - now)
+            if end - now > self._up_most[source]:
+                full = Wait(simulation.ready)
+                simulation.at(end - self._up_most[source], _wake, full)
         pair = source * self._peers + to
         link = self._links.get(pair)
         if link is None:
@@ -211,17 +216,20 @@ class Delivery:
     ) -> None:
         """Schedule the arrival of a message whose first and last byte get there at these times."""
         simulation = self.simulation
+        action = None
         if self._down and (rate := self._down[target.id]):
             # Behind a slow uplink the downlink is busy only for the message's own service time.
-            first = max(first, last - int(envelope.size_bytes * rate))
-            last = first + int(envelope.size_bytes * rate)
-            heappush(
-                simulation.heap, (first, simulation.sequence(), self._enter, target, envelope)
-            )
+            service = int(envelope.size_bytes * rate)
+            action = self._enter
+            if last - service > first:
+                first = last - service
+            else:
+                last = first + service
         else:
-            heappush(simulation.heap, (last, simulation.sequence(), None, target, envelope))
+            first = last
         if last > link.latest:
             link.latest = last
+        heappush(simulation.heap, (first, simulation.sequence(), action, target, envelope))
 
     def _enter_downlink(self, target: Runtime, envelope: Envelope[Any]) -> None:
         """The first byte arrives: the receiver's downlink serves arrivals one after the other."""
@@ -236,16 +244,6 @@ class Delivery:
                 link.latest = end
         heappush(simulation.heap, (end, simulation.sequence(), None, target, envelope))
 
-    def _backlog(self, source: int, backlog_ns: int) -> Wait | None:
-        """A wait until the uplink's queue is back under its limit."""
-        simulation = self.simulation
-        excess = backlog_ns - int(simulation.limits.queue_bytes * self._up[source])
-        if excess <= 0:
-            return None
-        wait = Wait(simulation.ready)
-        simulation.at(simulation.now_ns + excess, _wake, wait)
-        return wait
-
     def _draw(self, link: _Link, source: int, to: int, key: int) -> int:
         """Jitter in nanoseconds, or -1 for a message that is lost: `links`' own draws."""
         repeats = link.repeats
@@ -254,16 +252,17 @@ class Delivery:
             del repeats[next(iter(repeats))]
         repeats[key] = number + 1
         # A message sent again is another message: it must not share its predecessor's fate.
-        draw = keyed.signed(keyed.fold(key, number)) if number else key
+        draw = mix(key, number) if number else key
         if not self._known:
+            draw = keyed.signed(draw)
             if self.links.lost(source, to, draw, link.extra):
                 return -1
             return to_ns(self.links.jitter_of_s(source, to, draw))
-        if link.threshold and keyed.fold(link.loss_key, draw) >> 11 < link.threshold:
+        if link.threshold and mix(link.loss_key, draw) >> 11 < link.threshold:
             return -1
         if not self._jitter_s:
             return 0
-        return to_ns(log1p(-keyed.unit(keyed.fold(link.jitter_key, draw))) * -self._jitter_s)
+        return to_ns(log1p(-keyed.unit(mix(link.jitter_key, draw))) * -self._jitter_s)
 
     def flush(self, runtime: Runtime, to: int) -> Wait | None:
         """A wait until all sent so far to that peer has arrived or was lost."""

@@ -42,6 +42,9 @@ class Outages:
             for moment, action in ((fault.at, self._begin), (fault.until, self._end)):
                 if isinstance(moment, Round):
                     self._rounds.append((moment.round, number, action))
+                elif moment == 0 and not isinstance(fault, Crash | Join | Leave):
+                    # What surrounds the peers is so before they take their first step.
+                    action(number)
                 elif moment is not None:
                     self._simulation.at(to_ns(moment), action, number)
             if isinstance(fault, Join) and not isinstance(fault.at, Round):
@@ -68,7 +71,7 @@ class Outages:
             self.to_come -= 1
             self._simulation.halt = True
 
-    def _begin(self, number: int, _: Any) -> None:
+    def _begin(self, number: int, _: Any = None) -> None:
         fault = self._faults[number]
         self._arrived(number)
         if self._over[number] or self._begun[number]:
@@ -131,7 +134,7 @@ class Outages:
             self._down[peer] -= 1
             if not self._down[peer] and peer in self._due_back:
                 self._due_back.discard(peer)
-                self._simulation.start(self._simulation.runtimes[peer])
+                self._simulation.start(self._simulation.runtimes[peer], _before(fault.until))
 
     def _join(self, fault: Join) -> None:
         for peer in fault.who:
@@ -141,7 +144,7 @@ class Outages:
             if self._down[peer]:
                 self._due_back.add(peer)
             else:
-                self._simulation.start(self._simulation.runtimes[peer])
+                self._simulation.start(self._simulation.runtimes[peer], _before(fault.at))
 
     def _leave(self, fault: Leave) -> None:
         simulation = self._simulation
@@ -157,3 +160,8 @@ class Outages:
     def _left(self, runtime: Runtime, incarnation: int) -> None:
         if runtime.incarnation == incarnation and runtime.alive:
             self._simulation.stop(runtime)
+
+
+def _before(moment: Any) -> int:
+    """The round that a peer which starts now has behind it; a round's own arrivals take part."""
+    return moment.round - 1 if isinstance(moment, Round) else -1

@@ -26,6 +26,7 @@ from shoal.base.units import FOREVER, to_ns, to_s
 from shoal.engine.event.batching import Batcher
 from shoal.engine.event.delivery import Delivery
 from shoal.engine.event.outages import Outages
+from shoal.engine.event.traffic import Traffic
 from shoal.engine.executor import Executor, Local
 from shoal.kernel.peer import Batching, Cost, Program
 from shoal.kernel.runtime import Runtime
@@ -123,6 +124,7 @@ class Simulation:
         self._skewed = False
         self._stores: list[dict[str, Any]] = [{} for _ in range(network.peers)]
         self._params: dict[int, Tensor] = {}
+        self._traffic = Traffic()
         self._full = tuple(range(network.peers)) if network.topology is None else None
         self._error: tuple[Runtime, BaseException] | None = None
         self._running = 0
@@ -239,6 +241,7 @@ class Simulation:
         result.flops = self.batcher.flops
         if self._observer is not None:
             result.rows.extend(self._observer.rows())
+        result.rows.extend(self._traffic.rows())
         result.final = dict(sorted(self._params.items()))
         result.wall_s, result.cpu_s = watch.wall_s, watch.cpu_s
         return result
@@ -340,12 +343,12 @@ class Simulation:
         time_s = to_s(self.now_ns)
         if name == "params":
             self._params[runtime.id] = value
+            self._traffic.note(runtime.round, time_s, self.delivery.bytes_sent)
             if self._observer is not None:
                 self._observer.params(runtime.id, runtime.round, time_s, value)
             return
-        self.rows.append(
-            Row(name, float(value), time_s, runtime.round, runtime.id, tuple(sorted(labels.items())))
-        )
+        pairs = tuple(sorted(labels.items()))
+        self.rows.append(Row(name, float(value), time_s, runtime.round, runtime.id, pairs))
 
     def note(self, what: str, peers: Sequence[int]) -> None:
         """Mark a moment on the report's time axis."""
@@ -378,9 +381,10 @@ class Simulation:
         if error is not None:
             self.blame(runtime, error)
 
-    def start(self, runtime: Runtime) -> None:
+    def start(self, runtime: Runtime, round: int = -1) -> None:
+        """Begin an incarnation whose program has `round` behind it."""
         self._running += 1
-        runtime.round = -1
+        runtime.round = round
         runtime.start(self._program(runtime.id))
 
     def stop(self, runtime: Runtime) -> None:

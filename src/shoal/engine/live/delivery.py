@@ -6,8 +6,10 @@ import operator
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
-from shoal.base.errors import UsageError
+from shoal.base.errors import MessageTooLarge, UsageError
+from shoal.base.limits import Limits
 from shoal.engine.live.proxy import Proxy
+from shoal.kernel.mailbox import require_message
 from shoal.kernel.runtime import Runtime
 from shoal.kernel.waits import Wait
 from shoal.wire import codec
@@ -16,6 +18,20 @@ from shoal.world.faults import Fault
 
 if TYPE_CHECKING:
     from shoal.engine.live.driver import Driver
+
+
+def _check_size(kind: str, size: int, head: int, limits: Limits) -> None:
+    """Refuse what a receiver would refuse, where somebody can repair it."""
+    if size > limits.frame_bytes:
+        raise MessageTooLarge(
+            f"send: {kind} of {size} bytes; limit {limits.frame_bytes} (split it, or raise "
+            "Limits.frame_bytes)"
+        )
+    if head - codec.PREFIX.size > limits.header_bytes:
+        raise MessageTooLarge(
+            f"send: {kind} has {head - codec.PREFIX.size} bytes outside of tensors; limit "
+            f"{limits.header_bytes} (put bulk data into tensors or Packed)"
+        )
 
 
 class Delivery:
@@ -27,6 +43,7 @@ class Delivery:
         self._held: list[tuple[Fault, Runtime, int, int, bytearray]] = []
 
     def transmit(self, runtime: Runtime, to: int, message: Message, request: int) -> Wait | None:
+        require_message(message.__class__)
         frame = codec.encode(message, request)
         driver = self._driver
         try:
@@ -35,14 +52,13 @@ class Delivery:
             target = -1
         if not 0 <= target < driver.network.peers:
             raise UsageError(f"send: no peer {to!r}; there are 0..{driver.network.peers - 1}")
-        # What a receiver would refuse is refused here, where somebody can repair it.
-        codec.read_prefix(frame[0], driver.limits)
         result, kind = driver.result, type(message).__name__
         size = sum(map(len, frame))
+        _check_size(kind, size, len(frame[0]), driver.limits)
         result.messages_sent += 1
         result.bytes_sent[runtime.id] += size
         result.bytes_by_kind[kind] = result.bytes_by_kind.get(kind, 0) + size
-        if self.proxy.quiet:
+        if self.proxy.quiet or target == runtime.id:
             return self._pass(runtime, target, frame)
         return self._through_faults(runtime, target, message, frame)
 

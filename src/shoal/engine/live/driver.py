@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from shoal.base.errors import ShoalError
+from shoal.base.errors import PeerError, WireError
 from shoal.base.ids import PeerId
 from shoal.base.stopwatch import Stopwatch
 from shoal.base.units import to_s
@@ -124,12 +124,11 @@ class Driver:
         assert self._start is not None
         if self._stopping.done():
             return
-        absent = self.schedule.absent()
         self.schedule.begin()
         for peer, runtime in self.runtimes.items():
             transport = self.transports[peer]
             transport.open(self._start.addresses, self._start.digest)
-            if peer not in absent:
+            if peer not in self.schedule.absent:
                 transport.up()
                 self._begin_peer(runtime)
         if self.plan.counted:
@@ -137,34 +136,31 @@ class Driver:
         self.settle()
         self.tell_idle()
 
-    def _begin_peer(self, runtime: Runtime) -> None:
+    def _begin_peer(self, runtime: Runtime, round: int = -1) -> None:
         self._running += 1
+        runtime.round = round
         runtime.start(self.plan.program(runtime.id))
 
     def halt(self, peer: int) -> None:
-        """End an incarnation at once: its tasks, its sockets, what it computes."""
+        """End a live incarnation at once: its tasks, its sockets, what it computes."""
         runtime = self.runtimes[peer]
-        if runtime.alive:
-            self._running -= 1
+        self._running -= 1
         runtime.kill()
         runtime.incarnation += 1
         self.transports[peer].down()
         self.compute_thread.forget(peer)
 
-    def revive(self, peer: int) -> None:
-        """Begin another incarnation, unless the peer lives."""
-        runtime = self.runtimes[peer]
-        if runtime.alive:
-            return
-        self.transports[peer].up()
-        self.schedule.to_come += 1  # until its store has been read, it is still to come
-        self.memory.when_written(lambda: self._revived(runtime))
+    def revive(self, peer: int, round: int) -> None:
+        """Begin another incarnation, which finds `peer.round == round`."""
+        # Until its last commit is written, the peer is still to come.
+        self.schedule.to_come += 1
+        self.memory.when_written(lambda: self._revived(self.runtimes[peer], round))
 
-    def _revived(self, runtime: Runtime) -> None:
+    def _revived(self, runtime: Runtime, round: int) -> None:
         self.schedule.to_come -= 1
-        if not runtime.alive and not self._stopping.done():
-            runtime.round = -1
-            self._begin_peer(runtime)
+        if not self._stopping.done() and self.schedule.may_live(runtime.id):
+            self.transports[runtime.id].up()
+            self._begin_peer(runtime, round)
         self.settle()
         self.tell_idle()
 
@@ -267,7 +263,7 @@ class Driver:
         self.timers.set(runtime, local_ns, wait)
 
     def timer_dropped(self) -> None:
-        self.timers.dropped()
+        """Nothing to do: no wait is marked as timed, and `Timers` sweeps instead."""
 
     # Host: work and memory.
 
@@ -314,12 +310,13 @@ class Driver:
         self.result.happenings.append(Happening(time_s, what, peers))
 
     def enter_round(self, runtime: Runtime, round: int) -> None:
-        if self.schedule.by_round and self.schedule.is_news(round):
+        if self.schedule.awaits(round):
             # After the running step: a peer must not be closed from inside its own code.
             self.loop.call_soon(self._enter, round)
 
     def _enter(self, round: int) -> None:
-        if self.schedule.entered(round):
+        if self.schedule.awaits(round):
+            self.schedule.entered(round)
             self._report(control.Entered(round))
             self.settle()
             self.tell_idle()
@@ -328,7 +325,8 @@ class Driver:
         self.lost(reason, 1)
 
     def failed(self, runtime: Runtime, error: BaseException) -> None:
-        if isinstance(error, ShoalError):
+        # What other peers or the wire did is to be expected; the rest is a fault of the program.
+        if isinstance(error, (PeerError, WireError)):
             self.drop("handler failed")
         else:
             self._blame(runtime, error)

@@ -27,6 +27,8 @@ from shoal.world.record import Happening, Row, Run
 
 # How far ahead the start is announced: longer than a command takes to reach a process.
 _AHEAD_NS = {True: 10_000_000, False: 200_000_000}
+# Reasons for which a message that was sent did not arrive; the others are a receiver's own.
+_ON_THE_WAY = ("lost", "dead", "partition", "corrupt", "refused")
 
 
 class Observer(Protocol):
@@ -279,6 +281,8 @@ class _Launch:
             merged.virtual_s = max(merged.virtual_s, run.virtual_s)
             _add(merged.dropped, run.dropped)
             _add(merged.bytes_by_kind, run.bytes_by_kind)
+        on_the_way = sum(merged.dropped.get(reason, 0) for reason in _ON_THE_WAY)
+        merged.messages_in_flight = merged.messages_sent - merged.messages_delivered - on_the_way
         merged.rows.sort(key=lambda row: row.time_s)
         merged.happenings += self._deaths
         merged.happenings.sort(key=lambda happening: happening.time_s)

@@ -28,7 +28,6 @@ class Proxy:
         self._seed = seed
         self._limits = limits
         self._active: list[tuple[Fault, frozenset[int]]] = []
-        self._over: list[Fault] = []
         self._random = self._links.loss > 0 or self._links.jitter_s > 0
         self._repeats: dict[tuple[int, int], dict[int, int]] = {}
         self._flips = 0
@@ -39,18 +38,10 @@ class Proxy:
         return not self._active and not self._random
 
     def begin(self, fault: Fault) -> None:
-        if fault in self._over:
-            self._over.remove(fault)
-        else:
-            self._active.append((fault, frozenset(fault.who)))
+        self._active.append((fault, frozenset(fault.who)))
 
     def end(self, fault: Fault) -> None:
-        entry = (fault, frozenset(fault.who))
-        if entry in self._active:
-            self._active.remove(entry)
-        else:
-            # Its last round came before its first second: then it never begins.
-            self._over.append(fault)
+        self._active.remove((fault, frozenset(fault.who)))
 
     def stopped(self, source: int, to: int, key: int) -> str:
         """Why a message does not pass: "partition", "lost", or "" when it does."""
@@ -63,7 +54,7 @@ class Proxy:
             elif isinstance(fault, Loss) and (source in who or to in who):
                 passing *= 1.0 - fault.probability
         loss = 1.0 - passing
-        if source != to and (self._random or loss):
+        if self._random or loss:
             draw = self._draw_key(source, to, key)
             if self._links.lost(source, to, draw, loss):
                 return "lost"
@@ -99,7 +90,7 @@ class Proxy:
 
     def _draw_key(self, source: int, to: int, key: int) -> int:
         counts = self._repeats.setdefault((source, to), {})
-        number = counts.get(key, 0)
+        number = counts.pop(key, 0)
         if number == 0 and len(counts) >= _MOST_TAGS:
             del counts[next(iter(counts))]
         counts[key] = number + 1

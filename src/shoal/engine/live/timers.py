@@ -12,9 +12,12 @@ from typing import TYPE_CHECKING
 from shoal.base.units import FOREVER
 from shoal.kernel.waits import Wait
 from shoal.world.clock import Clock
+from shoal.world.faults import Skew
 
 if TYPE_CHECKING:
     from shoal.kernel.runtime import Runtime
+
+_SLACK = 1000
 
 
 class Timers:
@@ -34,8 +37,7 @@ class Timers:
         self._clocks: dict[int, Clock] = {}
         self._handle: asyncio.TimerHandle | None = None
         self._armed_ns = FOREVER
-        self._live = 0
-        self._dead = 0
+        self._sweep_at = _SLACK
 
     def now_ns(self) -> int:
         """Time of the run, true on every peer."""
@@ -56,26 +58,29 @@ class Timers:
             return
         clock = self._clocks.get(runtime.id)
         at = local_ns if clock is None else clock.run_ns(local_ns)
-        wait.timed = True
-        self._live += 1
+        if len(self._heap) >= self._sweep_at:
+            self._sweep()
         heappush(self._heap, (at, self._sequence(), wait, runtime, local_ns))
         if at < self._armed_ns:
             self._arm(at)
 
-    def dropped(self) -> None:
-        """A timed wait was resolved before its time; its entry goes when enough others do."""
-        self._live -= 1
-        self._dead += 1
-        if self._dead > self._live + 1000:
-            self._heap = [entry for entry in self._heap if not entry[2].done]
-            heapify(self._heap)
-            self._dead = 0
+    def _sweep(self) -> None:
+        """Forget waits that were resolved before their time.
 
-    def skew(self, peers: Collection[int], offset_ns: int, drift: float) -> None:
+        Called when the heap has doubled since the last time, so that a timer costs constant time
+        on average and the heap stays below twice the live waits plus `_SLACK`.
+        """
+        self._heap = [entry for entry in self._heap if not entry[2].done]
+        heapify(self._heap)
+        self._sweep_at = 2 * len(self._heap) + _SLACK
+
+    def skew(self, peers: Collection[int], fault: Skew, begins: bool) -> None:
         """Change clocks; deadlines are times on a peer's clock, so its pending ones move."""
         now = self.now_ns()
         for peer in peers:
-            self._clocks.setdefault(peer, Clock()).skew(now, offset_ns, drift)
+            clock = self._clocks.setdefault(peer, Clock())
+            change = clock.skew if begins else clock.right
+            change(now, round(fault.offset_s * 1e9), fault.drift)
         self._heap = [
             (self._clocks[runtime.id].run_ns(local_ns), number, wait, runtime, local_ns)
             if runtime.id in peers
@@ -106,10 +111,7 @@ class Timers:
         now = self.now_ns()
         while self._heap and self._heap[0][0] <= now:
             wait = heappop(self._heap)[2]
-            if wait.done:
-                self._dead -= 1
-            else:
-                self._live -= 1
+            if not wait.done:
                 self.fired += 1
                 wait.expire()
                 self._settle()

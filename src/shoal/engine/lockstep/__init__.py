@@ -6,5 +6,6 @@ traffic.py   when each message of a wave arrives, by the formulas of `world`
 """
 
 from shoal.engine.lockstep.lockstep import LockstepSettings, run_lockstep
+from shoal.engine.lockstep.pace import round_seconds
 
-__all__ = ["LockstepSettings", "run_lockstep"]
+__all__ = ["LockstepSettings", "round_seconds", "run_lockstep"]

@@ -166,7 +166,7 @@ class Lockstep:
         params = self._params()[world.rows]
         run.final = dict(enumerate(params))
         run.state_digest = bytes_digest(memoryview(params.contiguous().cpu().numpy()).cast("B"))
-        run.settings = asdict(self.settings)
+        run.settings = {**asdict(self.settings), "margin": world.margin}
         if world.measure is not None:
             run.rows.extend(world.measure.rows())
         run.wall_s, run.cpu_s = watch.wall_s / len(self.worlds), watch.cpu_s / len(self.worlds)
@@ -211,7 +211,10 @@ class Lockstep:
             current, extra = heard.vector, heard.extra
         self._conclude(work, codec, heard, keys, round)
         for world in worlds:
-            if world.measure is not None and world.method.reports(round):
+            if not world.method.reports(round):
+                continue
+            world.mark()
+            if world.measure is not None:
                 times, present = self._reporting(world)
                 world.measure.stacked(round, times, present, self._params()[world.rows])
 
@@ -363,9 +366,10 @@ class Lockstep:
         mix = getattr(rule, "mix", None)
         if mix is not None and outgoing is current:
             weights = mask.to(torch.float64) if share is None else share
-            mixed = mix(_matrix(mesh, weights, self.total), current)
+            own = current[mesh.receiver]
+            mixed = mix(_matrix(mesh, weights, self.total), current, own)
             heard = (weights > 0).any(-1, keepdim=True)
-            return torch.where(heard, mixed, current[mesh.receiver])
+            return mixed if bool(heard.all()) else torch.where(heard, mixed, own)
         slots = mask.shape[-1]
         step = max(1, self.settings.chunk_bytes // (4 * slots * current.shape[-1]))
         results = []

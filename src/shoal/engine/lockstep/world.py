@@ -20,7 +20,7 @@ from shoal.rounds.method import Method, Wave
 from shoal.tensor import keyed
 from shoal.wire.message import message_key
 from shoal.world.network import Network
-from shoal.world.record import Run
+from shoal.world.record import Row, Run
 
 
 class World:
@@ -57,6 +57,8 @@ class World:
         self.stored = torch.full_like(self.peers, -1)
         self.reset: list[tuple[int, bool]] = []
         """peers that begin a new life, and whether their store was kept"""
+        self.margin = math.inf
+        """the nearest that any arrival came to its deadline, as a part of a round"""
         self._wires = Wires.of(network)
         self._slots: dict[int, tuple[Hop, Tensor, Slots]] = {}
         self._round = 0
@@ -257,11 +259,20 @@ class World:
         cutoff = clock.clamp(min=deadline)
         used = slots.expected & (arrive <= cutoff.unsqueeze(-1)) & listens.unsqueeze(-1)
         complete = (used == slots.expected).all(-1)
+        near = torch.where(slots.expected, (arrive - cutoff.unsqueeze(-1)).abs(), math.inf)
+        if near.numel():
+            self.margin = min(self.margin, float(near.min()) / self.method.round_s)
         latest = torch.where(used, arrive, 0.0)
         latest = latest.amax(-1) if latest.shape[-1] else torch.zeros_like(clock)
         until = torch.where(complete, torch.maximum(clock, latest), cutoff)
         done = until + combine_s[slots.receiver]
         return used, torch.where(listens, done, math.inf)
+
+    def mark(self) -> None:
+        """Note the bytes sent so far, for curves over bytes."""
+        self.run.rows.append(
+            Row("bytes_sent", float(self.bytes_sent.sum()), self.ended_s, self._round)
+        )
 
     def conclude(self) -> Tensor:
         """bool [peers]: who got through the round alive; they keep what they computed."""

@@ -67,8 +67,12 @@ def need_count(part: str, name: str, value: object, least: int, repair: str) -> 
 
 def need_positive(part: str, name: str, value: object, repair: str) -> None:
     """Refuse a setting that is no finite number above zero."""
-    good = isinstance(value, int | float) and not isinstance(value, bool)
-    if not good or not math.isfinite(value) or value <= 0:
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not math.isfinite(value)
+        or value <= 0
+    ):
         raise UsageError(f"{part}: {name}={value!r}; need a finite number > 0 ({repair})")
 
 

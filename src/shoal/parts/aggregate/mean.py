@@ -39,20 +39,22 @@ class Mean:
         share = shares(rows, weight if self.weighted else None)
         return or_center(combine(share, x), share.sum(-1) > 0, center)
 
-    def mix(self, weight: Weight, x: Stack) -> Stack:
+    def mix(self, weight: Weight, x: Stack, center: Stack | None = None) -> Stack:
         """All receivers at once: weight [receivers, senders] (dense or CSR) times x.
 
         x: [..., senders, dim] -> [..., receivers, dim]. Rows of the weights need not sum to 1. A
         row of x that is not finite is absent for everybody; a receiver that is left without any
-        sender gets zeros. Equals gathering and calling the rule, without [receivers, k, dim].
+        sender gets its center [..., receivers, dim], or zeros. Equals gathering and calling the
+        rule, without [receivers, k, dim].
         """
         x, rows = usable(x, torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device))
         if not self.weighted:
             weight = _ones_like(weight)
         # Totals in the weights' own precision: rounded first, they would bend every coordinate.
         total = _product(weight, rows.to(weight.dtype).unsqueeze(-1))
-        total = torch.where(total > 0, total, torch.ones_like(total))
-        return _product(weight.to(x.dtype), x) / total.to(x.dtype)
+        some = total > 0
+        scale = torch.where(some, total, torch.ones_like(total)).to(x.dtype)
+        return or_center(_product(weight.to(x.dtype), x) / scale, some.squeeze(-1), center)
 
     def everyone(self, x: Stack, mask: Mask) -> Stack:
         return same_for_all(self, x, mask)

@@ -35,8 +35,12 @@ def need_number(
     part: str, name: str, value: object, repair: str, least: float | None = None
 ) -> None:
     """Refuse a setting that is no finite number, or one below `least`."""
-    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not good or (least is not None and value < least):
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int | float)
+        or not math.isfinite(value)
+        or (least is not None and value < least)
+    ):
         rule = "a finite number" if least is None else f"a finite number >= {least:g}"
         raise UsageError(f"{part}: {name}={value!r}; need {rule} ({repair})")
 

@@ -1,104 +1,52 @@
-"""Layers over stacked parameters, forward and backward by hand: those that are matrix products.
-
-Values lie `[rows, features, batch]`, `[rows, channels, height, width, batch]` (images) or
-`[rows, features, positions, batch]` (sequences): the batch is innermost, so that every layer is a
-product of a weight with a long matrix, and rows (peers) are a batch of such products. `rows` of an
-input may be 1 when every row sees the same samples.
-"""
+"""Stacked layers that are matrix products: linear and convolution."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from shoal.parts.models._scratch import Scratch
-from shoal.parts.models._windows import (
-    Pair,
-    pad,
-    patches,
-    scatter_patches,
-    window_max,
-    window_max_backward,
-    windows,
-)
+from shoal.parts.models._program import TILE_BYTES, Action, Pass, Program, Value, joined
+from shoal.parts.models._windows import Pair, channels_last, patches, taps
 
-Views = Mapping[str, Tensor]
+aten = torch.ops.aten
 
 
-@dataclass
-class Pass:
-    """One way through the layers: parameters, memory, and where gradients go.
-
-    Parameter gradients are written to `grads` unless it is None; each sample's squared gradient
-    norm is added to `squares` [rows, batch] unless that is None. With `squares` the saved values
-    stay whole, so that a second pass backward can follow.
-    """
-
-    params: Views
-    memory: Scratch
-    grads: Views | None = None
-    squares: Tensor | None = None
-
-
-class Layer(Protocol):
-    """One step of a stacked model."""
-
-    def forward(self, run: Pass, x: Tensor) -> tuple[Tensor, Any]:
-        """The value, and what `backward` needs."""
-        ...
-
-    def backward(self, run: Pass, saved: Any, dy: Tensor, wanted: bool) -> Tensor | None:
-        """The input's gradient if `wanted`; `dy` may be overwritten."""
-        ...
-
-
-def product(run: Pass, weight: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
+def product(weight: Tensor, x: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """`weight [rows, out, in] @ x [rows or 1, in, n]`, plus `bias [rows, out]`."""
-    rows, out = weight.shape[:2]
-    y = run.memory.empty((rows, out, x.shape[-1]), x)
+    rows = weight.shape[0]
     if x.shape[0] != rows:
-        torch.mm(weight.reshape(rows * out, -1), x[0], out=y.view(rows * out, -1))
-        return y if bias is None else y.add_(bias.unsqueeze(-1))
-    if bias is None:
-        return torch.bmm(weight, x, out=y)
-    return torch.baddbmm(bias.unsqueeze(-1), weight, x, out=y)
+        flat = out.view(rows * out.shape[1], -1)
+        torch.mm(weight.reshape(flat.shape[0], -1), x[0], out=flat)
+        if bias is not None:
+            out.add_(bias.unsqueeze(-1))
+    elif bias is None:
+        torch.bmm(weight, x, out=out)
+    else:
+        torch.baddbmm(bias.unsqueeze(-1), weight, x, out=out)
 
 
-def write_product(run: Pass, name: str, dy: Tensor, x: Tensor) -> None:
-    """`dy @ x'` as the gradient of weight `name`; dy [rows, out, n], x [rows, in, n]."""
-    assert run.grads is not None
-    target = run.grads[name]
-    flat = (dy.shape[0], dy.shape[1], x.shape[1])
-    if target.is_contiguous():
-        torch.bmm(dy, x.transpose(1, 2), out=target.view(flat))
-        return
-    # A product straight into rows that lie apart is far slower than a product and a copy.
-    with run.memory.borrowed():
-        y = torch.bmm(dy, x.transpose(1, 2), out=run.memory.empty(flat, dy))
-        target.copy_(y.view(target.shape))
-
-
-def sample_squares(dy: Tensor, x: Tensor) -> Tensor:
-    """Squared norms `[rows, batch]` of each sample's weight gradient `sum_n dy_n x_n'`.
+def add_each(each: Tensor, dy: Tensor, x: Tensor) -> None:
+    """Add to every sample's weight gradient `[rows * batch, out, in]`.
 
     dy: [rows, out, n, batch]; x: [rows, in, n, batch].
     """
+    rows, out, _, batch = dy.shape
+    left = dy.permute(0, 3, 1, 2).reshape(rows * batch, out, -1)
+    right = x.permute(0, 3, 2, 1).reshape(rows * batch, -1, x.shape[1])
+    each.baddbmm_(left, right)
+
+
+def sample_squares(dy: Tensor, x: Tensor) -> Tensor:
+    """Squared norms `[rows, batch]` of each sample's weight gradient `sum_n dy_n x_n'`."""
     rows, out, count, batch = dy.shape
     if count == 1:
         return dy.square().sum((1, 2)) * x.square().sum((1, 2))
-    left = dy.permute(0, 3, 1, 2).reshape(rows * batch, out, count)
-    right = x.permute(0, 3, 2, 1).reshape(rows * batch, count, x.shape[1])
-    return torch.bmm(left, right).square().sum((1, 2)).view(rows, batch)
-
-
-def joined(dy: Tensor) -> Tensor:
-    """All axes but rows and features as one: `[rows, features, n]`."""
-    return dy.reshape(dy.shape[0], dy.shape[1], -1)
+    each = dy.new_zeros((rows * batch, out, x.shape[1]))
+    add_each(each, dy, x)
+    return each.square().sum((1, 2)).view(rows, batch)
 
 
 @dataclass(frozen=True)
@@ -107,29 +55,50 @@ class Linear:
 
     weight: str
     bias: str | None
+    features: int
 
-    def forward(self, run: Pass, x: Tensor) -> tuple[Tensor, Any]:
-        weight = run.params[self.weight]
-        y = product(run, weight, joined(x), run.params[self.bias] if self.bias else None)
-        return y.view(weight.shape[0], weight.shape[1], *x.shape[2:]), x
+    def bind(self, program: Program, x: Value) -> Value:
+        value = program.value((program.rows, self.features, *x.data.shape[2:]))
+        inside, outside = joined(x.data), joined(value.data)
 
-    def backward(self, run: Pass, saved: Any, dy: Tensor, wanted: bool) -> Tensor | None:
-        flat, x = joined(dy), joined(saved)
-        if run.grads is not None:
-            write_product(run, self.weight, flat, x)
-            if self.bias:
-                torch.sum(flat, -1, out=run.grads[self.bias])
-        if run.squares is not None:
-            batch = dy.shape[-1]
-            left = dy.reshape(*dy.shape[:2], -1, batch)
-            run.squares += sample_squares(left, saved.reshape(*saved.shape[:2], -1, batch))
-            if self.bias:
-                run.squares += left.sum(2).square().sum(1)
-        if not wanted:
-            return None
-        dx = run.memory.empty(x.shape, x)
-        torch.bmm(run.params[self.weight].transpose(1, 2), flat, out=dx)
-        return dx.view(saved.shape)
+        def forward(run: Pass) -> None:
+            bias = run.params[self.bias] if self.bias else None
+            product(run.params[self.weight], inside, bias, outside)
+
+        program.then(forward, self._backward(program, x, value) if value.grad is not None else None)
+        return value
+
+    def _backward(self, program: Program, x: Value, value: Value) -> Action:
+        assert value.grad is not None
+        dy, turned = joined(value.grad), joined(x.data).transpose(1, 2)
+        dx = None if x.grad is None else joined(x.grad)
+        shape = (program.rows, self.features, x.data.shape[1])
+        # A product straight into rows that lie apart is far slower than a product and a copy.
+        buffer = program.shared("weight", shape) if program.rows > 1 else None
+
+        def backward(run: Pass) -> None:
+            weight = run.params[self.weight]
+            if run.grads is not None:
+                target = run.grads[self.weight]
+                if buffer is None:
+                    torch.bmm(dy, turned, out=target)
+                else:
+                    target.copy_(torch.bmm(dy, turned, out=buffer))
+                if self.bias:
+                    torch.sum(dy, -1, out=run.grads[self.bias])
+            if run.squares is not None:
+                self._measure(run.squares, x.data, value.grad)
+            if dx is not None:
+                torch.bmm(weight.transpose(1, 2), dy, out=dx)
+
+        return backward
+
+    def _measure(self, squares: Tensor, x: Tensor, dy: Tensor) -> None:
+        split = (-1, squares.shape[-1])
+        dy = dy.view(*dy.shape[:2], *split)
+        squares += sample_squares(dy, x.view(*x.shape[:2], *split))
+        if self.bias:
+            squares += dy.sum(2).square().sum(1)
 
 
 @dataclass(frozen=True)
@@ -137,88 +106,186 @@ class Convolution:
     """A two-dimensional convolution, with the maximum over `pool` windows when there is one.
 
     The bias is added after the maximum (adding is monotone, so nothing changes but the work), and
-    positions that no window covers are never computed. `out`: height and width of the value.
+    positions that no window covers are never computed. Lines are worked on in groups whose
+    patches stay in the cache; patches are made again on the way back, which costs less than
+    reading them from main memory. `out`: channels, height and width of the value.
     """
 
     weight: str
     bias: str | None
+    kernel: Pair
     stride: Pair
     padding: Pair
     dilation: Pair
-    out: Pair
+    out: tuple[int, int, int]
     pool: Pair | None
-    first: bool
 
-    def forward(self, run: Pass, x: Tensor) -> tuple[Tensor, Any]:
-        weight = run.params[self.weight]
-        rows, channels = weight.shape[:2]
-        image = pad(x, self.padding)
-        columns = self._columns(run, image, (weight.shape[-2], weight.shape[-1]))
-        bias = run.params[self.bias] if self.bias else None
-        late = self.pool is not None
-        flat = product(run, weight.reshape(rows, channels, -1), columns, None if late else bias)
-        if not late:
-            y = flat.view(rows, channels, *self.out, x.shape[-1])
-            return y, (columns, image.shape, None, None)
-        top = window_max(self._windows(flat, x.shape[-1]), run.memory)
-        saved = (columns, image.shape, flat, top)
-        if bias is None:
-            return top, saved
-        y = run.memory.empty(top.shape, top)
-        return torch.add(top, bias[:, :, None, None, None], out=y), saved
+    def bind(self, program: Program, x: Value) -> Value:
+        value = program.value((program.rows, *self.out, program.batch))
+        image = self._padded(program, x)
+        groups = [
+            _Group(self, program, image, value, lines) for lines in self._groups(program, image)
+        ]
+        # Adding the bias to every group's part would be as much work in smaller pieces.
+        whole = value.data
 
-    def _columns(self, run: Pass, image: Tensor, kernel: Pair) -> Tensor:
-        """Every position's patch: `[rows, channels * kh * kw, positions * batch]`."""
-        pool = self.pool or (1, 1)
-        if self.first:
-            view = patches(image, kernel, self.stride, self.dilation, self.out, pool)
-        else:
-            # Image order: nothing else lets gradients be sent back to the image in long runs.
-            order = (self.out[0] * pool[0], self.out[1] * pool[1])
-            view = patches(image, kernel, self.stride, self.dilation, order, (1, 1))
-        columns = run.memory.empty(view.shape, view).copy_(view)
-        return columns.view(image.shape[0], math.prod(view.shape[1:4]), -1)
+        def forward(run: Pass) -> None:
+            weight = run.params[self.weight]
+            matrix = weight.view(weight.shape[0], weight.shape[1], -1)
+            for group in groups:
+                group.forward(matrix)
+            if self.bias:
+                whole.add_(run.params[self.bias][:, :, None, None, None])
 
-    def _windows(self, flat: Tensor, batch: int) -> Tensor:
-        rows, channels = flat.shape[:2]
-        pool = self.pool or (1, 1)
-        if self.first:
-            return flat.view(rows, channels, *pool, *self.out, batch)
-        order = (self.out[0] * pool[0], self.out[1] * pool[1])
-        return windows(flat.view(rows, channels, *order, batch), pool)
+        program.then(forward, self._backward(program, image, value, groups))
+        if x.grad is not None and image is not x:
+            self._unpad(program, x, image)
+        return value
 
-    def backward(self, run: Pass, saved: Any, dy: Tensor, wanted: bool) -> Tensor | None:
-        columns, shape, flat, top = saved
-        weight = run.params[self.weight]
-        rows, channels = weight.shape[:2]
-        batch = dy.shape[-1]
-        if self.bias:
-            if run.grads is not None:
-                torch.sum(joined(dy), -1, out=run.grads[self.bias])
-            if run.squares is not None:
-                run.squares += dy.sum((2, 3)).square().sum(1)
-        if self.pool:
-            out = flat if run.squares is None else run.memory.empty(flat.shape, flat)
-            window_max_backward(
-                self._windows(flat, batch),
-                top,
-                dy.contiguous(),
-                self._windows(out, batch),
-                run.memory,
-            )
-            dy = out
-        dy = dy.reshape(rows, channels, -1)
-        if run.grads is not None:
-            write_product(run, self.weight, dy, columns)
-        if run.squares is not None:
-            run.squares += sample_squares(
-                dy.view(rows, channels, -1, batch), columns.view(*columns.shape[:2], -1, batch)
-            )
-        if not wanted:
+    def _backward(
+        self, program: Program, image: Value, value: Value, groups: list[_Group]
+    ) -> Action | None:
+        if value.grad is None:
             return None
-        pool = self.pool or (1, 1)
-        dy = dy.view(rows, channels, self.out[0] * pool[0], self.out[1] * pool[1], batch)
-        inner = (shape[1], shape[2], shape[3])
-        dx = scatter_patches(weight, dy, inner, self.stride, self.dilation, run.memory)
+        channels, (high, wide) = image.data.shape[1], self.kernel
+        dy, dx = value.grad, image.grad
+        matrix = program.empty((program.rows, self.out[0], channels * high * wide))
+        turned = program.empty((program.rows, high, channels, wide, self.out[0]))
+
+        def backward(run: Pass) -> None:
+            weight = run.params[self.weight]
+            if dx is not None:
+                dx.zero_()
+                turned.copy_(weight.permute(0, 3, 2, 4, 1))
+            each = None
+            if run.squares is not None:
+                each = matrix.new_zeros((program.rows * program.batch, *matrix.shape[1:]))
+            matrix.zero_()
+            for group in groups:
+                group.backward(matrix, turned, each)
+            if run.grads is not None:
+                run.grads[self.weight].copy_(matrix.view(weight.shape))
+                if self.bias:
+                    torch.sum(joined(dy), -1, out=run.grads[self.bias])
+            if run.squares is not None and each is not None:
+                run.squares += each.square().sum((1, 2)).view(run.squares.shape)
+                if self.bias:
+                    run.squares += dy.sum((2, 3)).square().sum(1)
+
+        return backward
+
+    def _padded(self, program: Program, x: Value) -> Value:
         down, right = self.padding
-        return dx[:, :, down : shape[2] - down, right : shape[3] - right]
+        if (down, right) == (0, 0):
+            return x
+        rows, channels, height, width, batch = x.data.shape
+        shape = (rows, channels, height + 2 * down, width + 2 * right, batch)
+        data = program.empty(shape).zero_()
+        middle = data[:, :, down : down + height, right : right + width]
+        program.then(lambda run: None if middle.copy_(x.data) is None else None)
+        return Value(data, None if x.grad is None else program.empty(shape))
+
+    def _unpad(self, program: Program, x: Value, image: Value) -> None:
+        assert x.grad is not None
+        assert image.grad is not None
+        down, right = self.padding
+        height, width = x.grad.shape[2:4]
+        target, middle = x.grad, image.grad[:, :, down : down + height, right : right + width]
+
+        def after(run: Pass) -> None:
+            target.copy_(middle)
+
+        # It belongs behind this layer's own way back, which stands first in the list.
+        program.backward.insert(1, after)
+
+    def _groups(self, program: Program, image: Value) -> list[slice]:
+        """Lines of the value, in groups whose patches and products are at most `TILE_BYTES`."""
+        pool = self.pool or (1, 1)
+        line = pool[0] * pool[1] * self.out[2] * program.batch * program.like.element_size()
+        taken = image.data.shape[1] * math.prod(self.kernel) + self.out[0]
+        size = max(1, TILE_BYTES // (program.rows * taken * line))
+        # Groups of equal height are better than full ones and a rest.
+        size = -(-self.out[1] // -(-self.out[1] // size))
+        return [slice(i, min(i + size, self.out[1])) for i in range(0, self.out[1], size)]
+
+
+class _Group:
+    """Some lines of a convolution's value, from patches to maxima and back."""
+
+    def __init__(
+        self, layer: Convolution, program: Program, image: Value, value: Value, lines: slice
+    ) -> None:
+        pool = layer.pool or (1, 1)
+        rows, batch, data = program.rows, program.batch, image.data
+        self.window = layer.pool
+        top = lines.start * pool[0] * layer.stride[0]
+        size = ((lines.stop - lines.start) * pool[0], layer.out[2] * pool[1])
+        shape = (layer.kernel, layer.stride, layer.dilation, size)
+        self.view = patches(data[:, :, top:], *shape)
+        self.columns = program.shared("columns", self.view.shape)
+        taken = data.shape[1] * math.prod(layer.kernel)
+        self.matrix = self.columns.view(data.shape[0], taken, -1)
+        self.turned = self.matrix.transpose(1, 2)
+        full = program.shared("full", (rows, layer.out[0], *size, batch))
+        self.full, self.flat = channels_last(full), joined(full)
+        self.positions = full.view(rows, layer.out[0], -1, batch)
+        self.data = value.data[:, :, lines]
+        part = program.shared("part", self.data.shape)
+        self.part = part if layer.pool else full
+        self.pooled = channels_last(part)
+        place = program.empty(self.data.shape, torch.int64) if layer.pool else None
+        self.place = None if place is None else channels_last(place)
+        self.grad = None if value.grad is None else value.grad[:, :, lines]
+        self.sent: list[tuple[Tensor, list[tuple[Tensor, Tensor]]]] = []
+        if image.grad is not None:
+            self._send(layer, program, taps(image.grad[:, :, top:], *shape), size)
+
+    def _send(
+        self, layer: Convolution, program: Program, meets: list[list[Tensor]], size: Pair
+    ) -> None:
+        """Prepare the image's gradient: one product for each row of the kernel.
+
+        That keeps each product small enough to be still in the cache when it is added; the
+        product with all rows would go through main memory.
+        """
+        channels, wide = meets[0][0].shape[1], layer.kernel[1]
+        shape = (program.rows, channels, wide, *size, program.batch)
+        sent = program.shared("sent", shape)
+        flat = sent.view(program.rows, channels * wide, -1)
+        for line in meets:
+            self.sent.append((flat, [(meet, sent[:, :, j]) for j, meet in enumerate(line)]))
+
+    def forward(self, weight: Tensor) -> None:
+        self.columns.copy_(self.view)
+        product(weight, self.matrix, None, self.flat)
+        if self.place is not None:
+            aten.max_pool2d_with_indices.out(
+                self.full, self.window, out=self.pooled, indices=self.place
+            )
+        self.data.copy_(self.part)
+
+    def backward(self, matrix: Tensor, turned: Tensor, each: Tensor | None) -> None:
+        self.part.copy_(self.grad)
+        if self.place is not None:
+            # The values themselves are not looked at, only their shape: any tensor does.
+            aten.max_pool2d_with_indices_backward.grad_input(
+                self.pooled,
+                self.full,
+                self.window,
+                self.window,
+                (0, 0),
+                (1, 1),
+                False,
+                self.place,
+                grad_input=self.full,
+            )
+        self.columns.copy_(self.view)
+        matrix.baddbmm_(self.flat, self.turned)
+        if each is not None:
+            batch = self.positions.shape[-1]
+            columns = self.matrix.view(*self.matrix.shape[:2], -1, batch)
+            add_each(each, self.positions, columns)
+        for i, (flat, pairs) in enumerate(self.sent):
+            torch.bmm(turned[:, i].view(*flat.shape[:2], -1), self.flat, out=flat)
+            for meet, part in pairs:
+                meet.add_(part)

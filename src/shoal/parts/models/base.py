@@ -9,7 +9,8 @@ from typing import Protocol
 
 from torch import nn
 
-from shoal.parts.models._stacked import OutputGradient, Stacked, compile_module
+from shoal.parts.models._compile import compile_module
+from shoal.parts.models._stacked import OutputGradient, Stacked
 
 __all__ = ["Model", "OutputGradient", "Stacked", "compile_module"]
 

@@ -50,15 +50,14 @@ class CrossEntropy:
         return losses.reshape(losses.shape[0], -1).mean(-1)
 
     def gradient(self, output: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+        lead = (-1, *(1,) * (output.dim() - 1))
+        positions = max(1, output[:1].numel() // output.shape[-1])
+        share = (weight if positions == 1 else weight / positions).view(lead)
         soft = torch.softmax(output, -1)
         if y.is_floating_point():
-            soft = soft * y.sum(-1, keepdim=True) - y
-        else:
-            minus = soft.new_full((), -1.0).expand(y.shape).unsqueeze(-1)
-            soft.scatter_add_(-1, y.unsqueeze(-1), minus)
-        positions = output[0, ..., 0].numel() if output.shape[0] else 1
-        share = weight / positions
-        return soft.mul_(share.view(-1, *(1,) * (output.dim() - 1)))
+            return (soft * y.sum(-1, keepdim=True)).sub_(y).mul_(share)
+        target = y.unsqueeze(-1)
+        return soft.mul_(share).scatter_add_(-1, target, share.neg().expand(target.shape))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,34 @@
+"""What a program that learns is given by its scenario."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from shoal.rounds.aggregator import Aggregator
+from shoal.rounds.task import Task
+from shoal.rounds.transform import Transform
+from shoal.tensor import keyed
+from shoal.tensor.types import Vector
+
+
+@dataclass(frozen=True, eq=False)
+class Workload:
+    """Task, combining rule and horizon of a run, for programs that are no `Strategy`.
+
+    A program with a method `bind(workload) -> Program` is bound to this before it runs; one
+    without needs no data. transform is bound to the task's layout already. rounds: None = until
+    the horizon in seconds. report_every: rounds between records of "params".
+    """
+
+    task: Task
+    aggregator: Aggregator
+    transform: Transform
+    rounds: int | None
+    seconds: float | None
+    seed: int
+    report_every: int = 1
+
+    @property
+    def initial(self) -> Vector:
+        """The common initial parameters [dim]."""
+        return self.task.init(keyed.key_of(self.seed, "init"))

@@ -1,0 +1,1 @@
+"""The methods that every family compares with."""

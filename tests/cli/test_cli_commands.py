@@ -1,0 +1,209 @@
+"""The commands in this process, on fake systems."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_lab import failing_launch
+from safetensors.torch import load_file
+from typer.testing import CliRunner, Result
+
+from shoal.cli.app import app
+from shoal.lab import plot
+from shoal.lab.report import Report
+
+pytestmark = pytest.mark.usefixtures("catalogue")
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures take a second each and have tests of their own."""
+    monkeypatch.setattr(plot, "svg", lambda *args: "<svg></svg>")
+
+
+def shoal(*arguments: str, code: int = 0) -> Result:
+    found = CliRunner().invoke(app, list(arguments))
+    assert found.exit_code == code, found.output + repr(found.exception)
+    return found
+
+
+def lines(result: Result) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+def test_list_and_its_contract_for_scripts() -> None:
+    found = {each["name"]: each for each in lines(shoal("list", "--json"))}
+    assert found["alpha"] == {
+        "name": "alpha",
+        "family": "fakes",
+        "kind": "strategy",
+        "title": "Alpha averaging",
+        "paper": "Writer et al. 2021: On Alpha averaging",
+    }
+    text = shoal("list", "--family", "fakes").stdout
+    assert "beta-x" in text
+    assert "Beta rays" in text
+
+
+def test_show_and_cite() -> None:
+    text = shoal("show", "alpha").stdout
+    for part in ("rate = 0.3", "arXiv 2101.00001", "(expected: fails)", "nothing is trained"):
+        assert part in text
+    assert shoal("show", "alpha", "--cite").stdout.startswith("@article{alpha,\n  author = {Writer")
+    assert lines(shoal("show", "beta-x", "--json"))[0]["settings"]["rate"] == "0.2"
+
+
+def test_reproduce_and_its_contract_for_scripts() -> None:
+    found = lines(shoal("reproduce", "alpha", "beta-x", "--json", "--seed", "3", code=0))
+    assert [each["system"] for each in found] == ["alpha", "beta-x"]
+    first = found[0]
+    assert set(first) == {"system", "budget", "seconds", "report", "claims"}
+    assert first["budget"] == "small"
+    assert first["seconds"] > 0
+    assert Report.load(first["report"]).seeds == (3, 4)
+    claims = {each["name"]: each for each in first["claims"]}
+    assert set(claims["faster"]) == {
+        "name", "measured", "interval", "bound", "verdict", "clear", "expected",
+    }  # fmt: skip
+    assert claims["faster"]["verdict"] == "holds"
+    assert claims["faster"]["bound"] == ">= 0.01"
+    low, high = claims["faster"]["interval"]
+    assert low <= claims["faster"]["measured"] <= high
+    assert claims["large"]["verdict"] == "out of scale"
+    assert claims["large"]["measured"] is None
+    assert claims["large"]["interval"] is None
+
+
+def test_reproduce_exits_with_one_when_a_claim_fails_or_has_no_answer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    text = shoal("reproduce", "alpha", "--budget", "full", code=1).stdout
+    assert "fails" in text
+    assert "expected holds" in text
+    monkeypatch.setattr("shoal.lab.launch.launch", failing_launch)
+    found = lines(shoal("reproduce", "alpha", "--json", "--fresh", code=1))
+    assert {c["verdict"] for c in found[0]["claims"]} == {"inconclusive", "out of scale"}
+
+
+def test_run_a_file_with_arms(tmp_path: Path) -> None:
+    (tmp_path / "first.toml").write_text(
+        'title = "The first one"\nbase = "fakes.tiny"\nseeds = 2\nrounds = 4\n'
+        "[arms]\nbeta-x = 'beta-x'\n"
+        "[arms.quick]\nsystem = 'alpha'\nset = { rate = 0.9 }\nscenario = { peers = 5 }\n"
+    )
+    found = lines(shoal("run", "first.toml", "--json", "--set", "quick.rate=0.8"))
+    report = Report.load(found[-1]["report"])
+    assert report.title == "The first one"
+    assert report.arms == ("beta-x", "quick")
+    assert report.cell("quick").peers == 5
+    assert report.cell("quick").cell["settings"] == {"rate": 0.8}  # type: ignore[index]
+    assert {each["arm"] for each in found[:-1]} == {"beta-x", "quick"}
+    again = shoal("run", "first.toml", "--peers", "7")
+    assert "The first one" in again.stdout
+    assert "report: " in again.stdout
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("rounds = 3\n[arms.a]\nsystem = 'alhpa'\n", "bad.toml:3: arms.a.system = 'alhpa'"),
+        ("rounds = 3\n[arms.a]\nsystm = 'alpha'\n", "bad.toml:3: arms.a.systm"),
+        ("rounds = 3\nseeds = 'x'\n", "bad.toml:2: seeds = 'x'; need a whole number"),
+        ("rounds = 3\n", "nothing to run"),
+        ("base = 'fakes.tinny'\n", "did you mean 'fakes.tiny'"),
+    ],
+)
+def test_wrong_files_exit_with_two(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "bad.toml").write_text(text)
+    found = shoal("run", "bad.toml", code=2)
+    assert message in found.stderr
+    assert "Traceback" not in found.stderr
+
+
+def test_run_one_system_over_a_grid_in_processes() -> None:
+    found = lines(
+        shoal("run", "alpha", "--grid", "rate=0.1,0.5", "--seeds", "2", "-j", "2", "--json")
+    )
+    accuracy = {e["arm"]: e["value"] for e in found if e.get("metric") == "accuracy"}
+    assert accuracy["alpha [rate=0.5]"] > accuracy["alpha [rate=0.1]"]
+    assert Report.load(found[-1]["report"]).seeds == (0, 1)
+
+
+def test_compare_on_a_named_scenario() -> None:
+    found = lines(shoal("compare", "alpha", "beta-x", "--scenario", "fakes.tiny", "--json"))
+    report = Report.load(found[-1]["report"])
+    assert (report.arms, report.seeds) == (("alpha", "beta-x"), (0, 1, 2))
+    assert report.cell("alpha").peers == 6
+    assert shoal("compare", "alpha", "alpha", code=2)
+
+
+def test_replay_and_export(tmp_path: Path) -> None:
+    path = lines(shoal("run", "alpha", "--json"))[-1]["report"]
+    assert "alpha, seed 0: same" in shoal("replay", path).stdout
+    shoal("export", path, "--out", "peer.safetensors", "--peer", "3")
+    assert load_file(tmp_path / "peer.safetensors")["weight"].shape == (2, 3)
+    assert (
+        "need a peer's number" in shoal("export", path, "--out", "x", "--peer", "m", code=2).stderr
+    )
+    file = Path(path).with_suffix(".json")
+    data = json.loads(file.read_text())
+    data["cells"][0]["state_digest"] = "f" * 32
+    file.write_text(json.dumps(data))
+    found = lines(shoal("replay", path, "--json", code=1))
+    assert found[0]["same"] is False
+    assert found[0]["differences"][0].startswith("state_digest: ffffffffffff became")
+
+
+def test_data_says_what_is_there() -> None:
+    found = {each["task"]: each for each in lines(shoal("data", "--json"))}
+    assert found["digits"]["installed"] is True
+    assert "scikit-learn" in shoal("data").stdout or found["digits"]["installed"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["lst"], "Did you mean 'list'"),
+        (["show", "alhpa"], "did you mean 'alpha'"),
+        (["reproduce"], "name systems, or give --all"),
+        (["reproduce", "alpha", "--all"], "one of the two"),
+        (["reproduce", "alpha", "--budget", "ful"], "did you mean 'full'"),
+        (["reproduce", "alpha", "beta"], "did you mean 'beta-x'"),
+        (["run", "alpha", "--engine", "evnt"], "did you mean 'event'"),
+        (["run", "alpha", "--set", "rounds"], "need key=value"),
+        (["run", "alpha", "--set", "ruonds=3"], "did you mean 'rounds'"),
+        (["run", "alpha", "--grid", "rate=1,1"], "need different values"),
+        (["run", "gone.toml"], "gone.toml: cannot be read"),
+        (["run", "alpha", "--jobs", "0"], "--jobs"),
+        (["replay", "gone.json"], "cannot be read"),
+    ],
+)
+def test_misuse_exits_with_two_and_says_how_to_do_better(
+    arguments: list[str], message: str
+) -> None:
+    found = shoal(*arguments, code=2)
+    assert message in found.stderr
+    assert "Traceback" not in found.output
+
+
+def test_errors_of_the_program_itself_are_one_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: Any, **settings: Any) -> None:
+        raise ZeroDivisionError("by zero")
+
+    monkeypatch.setattr("shoal.lab.launch.launch", broken)
+    found = shoal("run", "alpha", code=1)
+    assert found.stderr.startswith("internal error: ZeroDivisionError: by zero\n")
+    assert "SHOAL_DEBUG=1" in found.stderr
+    monkeypatch.setenv("SHOAL_DEBUG", "1")
+    assert isinstance(CliRunner().invoke(app, ["run", "alpha"]).exception, ZeroDivisionError)
+
+
+def test_every_command_has_help_with_examples() -> None:
+    listing = shoal("--help").stdout
+    for name in ("list", "show", "run", "compare", "reproduce", "replay", "export", "data"):
+        assert f"  {name} " in listing
+        text = shoal(name, "--help").stdout
+        assert f"\n  Examples:\n    shoal {name}" in text
