@@ -35,9 +35,9 @@ class Quadratic:
     def __init__(self, seed: int = 0) -> None:
         self.spec = FlatSpec(("w",), ((DIM,),))
         key = keyed.key_of(seed, "centres")
-        self.centres = keyed.normal(
-            key, torch.arange(PEERS * DIM), dtype=torch.float64
-        ).reshape(PEERS, DIM)
+        self.centres = keyed.normal(key, torch.arange(PEERS * DIM), dtype=torch.float64).reshape(
+            PEERS, DIM
+        )
 
     def init(self, key):
         return torch.zeros(*key.shape, DIM, dtype=torch.float64)
@@ -93,7 +93,9 @@ def climb(exchange, *, faults=(), links=LINKS, rounds=10, live=False, **settings
     rule = settings.pop("aggregator", find("aggregate", "mean")())
     method = Method(strategy, task, exchange, rule, transform, rounds, 3.0, seed=3, **settings)
     device = Device(flops_per_s=1e2, spread=0.3, overhead_s=0.05)
-    return check_strategy(method, Network(PEERS, links=links, device=device, faults=faults), live=live)
+    return check_strategy(
+        method, Network(PEERS, links=links, device=device, faults=faults), live=live
+    )
 
 
 EXCHANGES = {
@@ -115,10 +117,16 @@ def test_exchanges_agree(name, weighted):
 
 FAULTS = {
     "crash": (Crash(who=(1, 2), at=7.3),),
-    "crash at a round": (Crash(who=(1, 2), at=Round(4)), Slow(who=(3,), at=5.0, until=9.0, factor=3)),
+    "crash at a round": (
+        Crash(who=(1, 2), at=Round(4)),
+        Slow(who=(3,), at=5.0, until=9.0, factor=3),
+    ),
     "restart": (Crash(who=(1, 2), at=7.3, until=13.0),),
     "restart without store": (Crash(who=(1, 2), at=7.3, until=13.0, store="lost"),),
-    "two crashes at once": (Crash(who=(1,), at=7.3, until=13.0), Crash(who=(1,), at=9.0, until=16.1)),
+    "two crashes at once": (
+        Crash(who=(1,), at=7.3, until=13.0),
+        Crash(who=(1,), at=9.0, until=16.1),
+    ),
     "restart at a round": (Crash(who=(5,), at=Round(4), until=Round(6)),),
     "join and leave": (Join(who=(4,), at=6.1), Leave(who=(7,), at=14.2, grace_s=0.5)),
     "join at a round": (Join(who=(4, 5), at=Round(3)),),

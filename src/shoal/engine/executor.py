@@ -83,4 +83,3 @@ def _in(packed: tuple[list[Any], Any]) -> Any:
 
 def _call(function: Callable[..., Any], packed: tuple[list[Any], Any]) -> tuple[list[Any], Any]:
     return _out(function(*_in(packed)))
-

@@ -45,6 +45,7 @@ def build(scenario: Scenario) -> Pieces:
     made: dict[str, Any] = {}
     byzantine = scenario.byzantine_peers()
     around = {"peers": scenario.peers, "seed": scenario.seed, "byzantine": len(byzantine)}
+    around["device"] = scenario.engine.device
     for field in ROLES:
         value = getattr(scenario, field)
         if isinstance(value, Part):

@@ -177,17 +177,13 @@ def _run_program(
         from shoal.engine.live import LiveSettings, run_live
 
         live = LiveSettings(horizon_s=horizon_s)
-        return run_live(
-            program, network, seed=seed, settings=live, observer=measure, progress=note
-        )
+        return run_live(program, network, seed=seed, settings=live, observer=measure, progress=note)
     from shoal.engine.event import EventSettings, simulate
 
     settings = EventSettings(
         batching=scenario.engine.batching, strict=scenario.engine.strict, horizon_s=horizon_s
     )
-    return simulate(
-        program, network, seed=seed, settings=settings, observer=measure, progress=note
-    )
+    return simulate(program, network, seed=seed, settings=settings, observer=measure, progress=note)
 
 
 def _rounds_note(progress: Progress, rounds: int) -> Any:

@@ -16,8 +16,16 @@ from shoal.base.errors import UsageError
 
 # Abbreviations that a class name keeps in capitals.
 _CAPITALS = {
-    "mnist": "MNIST", "mlp": "MLP", "cnn": "CNN", "nnm": "NNM", "nna": "NNA", "alie": "ALIE",
-    "sgd": "SGD", "adamw": "AdamW", "fashion": "Fashion", "fedzip": "FedZip",
+    "mnist": "MNIST",
+    "mlp": "MLP",
+    "cnn": "CNN",
+    "nnm": "NNM",
+    "nna": "NNA",
+    "alie": "ALIE",
+    "sgd": "SGD",
+    "adamw": "AdamW",
+    "fashion": "Fashion",
+    "fedzip": "FedZip",
     "transformer": "Transformer",
 }
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shoal.base.ids import PeerId
 from shoal.base.errors import Leaving
+from shoal.base.ids import PeerId
 from shoal.kernel.peer import Peer
 from shoal.rounds import method as phases
 from shoal.rounds.adversary import Adversary
@@ -139,7 +139,9 @@ class Rounds:
         await self._work(peer, own, round, envelope.message.params)
         await self._spread(peer, own, method.waves(round)[0], round, 0)
 
-    async def _work(self, peer: Peer, own: _Own, round: int, received: Vector | None = None) -> None:
+    async def _work(
+        self, peer: Peer, own: _Own, round: int, received: Vector | None = None
+    ) -> None:
         """Local work, and what others will get from it."""
         method, cost = self.method, self.method.work_cost
         own.key = peer.key("round", round)
@@ -277,4 +279,3 @@ class _Own:
     async def commit(self, round: int) -> None:
         items = {**phases.freeze(self._all()), "round": round.to_bytes(8, "little")}
         await self.peer.store.commit(items)
-

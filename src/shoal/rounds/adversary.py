@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
+from shoal.base.units import to_ns
 from shoal.kernel.runtime import Runtime
 from shoal.kernel.waits import Wait
-from shoal.base.units import to_ns
 from shoal.rounds.attack import Knowledge, View
 from shoal.rounds.method import Method
 from shoal.tensor import keyed
@@ -140,9 +140,7 @@ class _Collected:
         honest = torch.stack([self.vectors[p] for p in self.honest])
         return craft(method, round, hop, honest, own)
 
-    def vectors_for(
-        self, peer: int, receivers: Sequence[int], method: Method
-    ) -> dict[int, Vector]:
+    def vectors_for(self, peer: int, receivers: Sequence[int], method: Method) -> dict[int, Vector]:
         index = self.order.index(peer)
         if self.result.dim() == 2:
             return dict.fromkeys(receivers, self.result[index])

@@ -89,7 +89,9 @@ class Method:
         if self.byzantine and self.attack is None:
             raise UsageError("byzantine peers without an attack (name one, or set byzantine to 0)")
         if len(self.byzantine) >= peers:
-            raise UsageError(f"{len(self.byzantine)} of {peers} peers are byzantine; leave one honest")
+            raise UsageError(
+                f"{len(self.byzantine)} of {peers} peers are byzantine; leave one honest"
+            )
 
     @property
     def peers(self) -> int:
@@ -229,7 +231,9 @@ def adopt_and_work(
     return work(state, codec, shard, key, method, round)
 
 
-def weights_of(mask: Mask, mixing: Tensor | None, taught: Tensor | None) -> tuple[Mask, Tensor | None]:
+def weights_of(
+    mask: Mask, mixing: Tensor | None, taught: Tensor | None
+) -> tuple[Mask, Tensor | None]:
     """Final mask and weights of the rows, own row first: [..., k + 1].
 
     `taught` (the senders' own weights) takes precedence over the exchange's mixing weights; a
@@ -264,9 +268,7 @@ def combine(
     return vector, mask.sum(-1), combine_extras(share, extras)
 
 
-def combine_extras(
-    share: Tensor, extras: tuple[Mapping[str, Tensor], ...]
-) -> dict[str, Tensor]:
+def combine_extras(share: Tensor, extras: tuple[Mapping[str, Tensor], ...]) -> dict[str, Tensor]:
     """Weighted means of the extras: share [..., k + 1], each extra [..., *]."""
     combined = {}
     for name in extras[0] if extras else ():

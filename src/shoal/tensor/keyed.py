@@ -25,9 +25,7 @@ _MIX_2 = keyed.signed(keyed.MIX_2)
 
 def key_of(seed: int, *words: keyed.Word, device: torch.device | str = "cpu") -> Key:
     """A scalar key, int64 []."""
-    return torch.tensor(
-        keyed.signed(keyed.fold(0, seed, *words)), dtype=torch.int64, device=device
-    )
+    return torch.tensor(keyed.signed(keyed.fold(0, seed, *words)), dtype=torch.int64, device=device)
 
 
 def _mix(z: Tensor) -> Tensor:
@@ -40,8 +38,10 @@ def _mix(z: Tensor) -> Tensor:
 def fold(key: Key, *words: keyed.Word | Tensor) -> Key:
     """Mix more words into keys `[...]`; a word may be an int64 tensor that broadcasts."""
     for part in words:
-        bits = part if isinstance(part, Tensor) else keyed.signed(
-            keyed.word(part) if isinstance(part, str) else int(part) & keyed.MASK
+        bits = (
+            part
+            if isinstance(part, Tensor)
+            else keyed.signed(keyed.word(part) if isinstance(part, str) else int(part) & keyed.MASK)
         )
         key = _mix((key ^ bits) + _GOLDEN)
     return key

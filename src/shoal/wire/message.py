@@ -118,7 +118,8 @@ def _declare(declared: type, tag: tuple[str, ...]) -> type[Message]:
                 f"{tuple(names)} (use a field's name)"
             )
     fields = [
-        (name, hints[name], declared.__dict__[name]) if name in declared.__dict__
+        (name, hints[name], declared.__dict__[name])
+        if name in declared.__dict__
         else (name, hints[name])
         for name in names
     ]
@@ -133,8 +134,14 @@ def _declare(declared: type, tag: tuple[str, ...]) -> type[Message]:
         if name not in names and name not in ("__dict__", "__weakref__", "__annotations__")
     }
     made: type[Message] = msgspec.defstruct(
-        declared.__name__, fields, bases=(Message,), module=declared.__module__,
-        namespace=namespace, frozen=True, array_like=True, forbid_unknown_fields=True,
+        declared.__name__,
+        fields,
+        bases=(Message,),
+        module=declared.__module__,
+        namespace=namespace,
+        frozen=True,
+        array_like=True,
+        forbid_unknown_fields=True,
     )  # type: ignore[assignment]
     made.__qualname__ = declared.__qualname__
     made.kind = kind

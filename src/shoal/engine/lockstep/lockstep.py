@@ -203,8 +203,7 @@ class Lockstep:
             frame = size_of(_update(round, hop, work.weight, extra)) + ((size + 7) & ~7)
             slots = [w.slots(hop, wave[hop]) for w, wave in zip(worlds, waves, strict=True)]
             masks = [
-                w.exchange(hop, hops, s, frame[w.rows])
-                for w, s in zip(worlds, slots, strict=True)
+                w.exchange(hop, hops, s, frame[w.rows]) for w, s in zip(worlds, slots, strict=True)
             ]
             mesh = _Mesh(worlds, slots, masks, [wave[hop] for wave in waves])
             heard = self._combine(mesh, current, outgoing, special, work.weight, extra)
@@ -322,9 +321,7 @@ class Lockstep:
             state, mine = tree.select(codec, rows), keys[rows]
             if made.dim() == 3:
                 receivers = made.shape[0]
-                state = tree.map_tree(
-                    lambda leaf, n=receivers: leaf.expand(n, *leaf.shape), state
-                )
+                state = tree.map_tree(lambda leaf, n=receivers: leaf.expand(n, *leaf.shape), state)
                 mine = mine.expand(receivers, -1)
             _, _, seen = phases.encode(made, state, mine, self.shared, hop)
             if seen.dim() == 3:
@@ -384,9 +381,7 @@ class Lockstep:
             results.append(rule(x, mask=mask[part], weight=weights, center=own))
         return torch.cat(results)
 
-    def _conclude(
-        self, work: _Work, codec: Any, heard: Heard, keys: Tensor, round: int
-    ) -> None:
+    def _conclude(self, work: _Work, codec: Any, heard: Heard, keys: Tensor, round: int) -> None:
         """strategy.apply, kept by the rows that lived to the end of the round."""
         done = torch.cat([w.conclude() for w in self.worlds])
         if self.hub is not None:
@@ -394,7 +389,11 @@ class Lockstep:
             self.state = _kept(done, work.state, self.state)
             self.codec = _kept(done, codec, self.codec)
         else:
-            shard = self.shared.task.shard(torch.arange(self.total)) if len(self.shards) > 1 else self.shards[0][1]
+            shard = (
+                self.shared.task.shard(torch.arange(self.total))
+                if len(self.shards) > 1
+                else self.shards[0][1]
+            )
             made, _ = phases.apply(work.state, heard, work.sent, shard, keys, self.shared, round)
             self.state = _kept(done, made, self.state)
             self.codec = _kept(done, codec, self.codec)
@@ -411,7 +410,9 @@ class Lockstep:
         led = torch.tensor([w.led for w in self.worlds])
         if not bool(led.any()):
             return
-        at = Heard(heard.vector[rows], heard.count[rows], {n: v[rows] for n, v in heard.extra.items()})
+        at = Heard(
+            heard.vector[rows], heard.count[rows], {n: v[rows] for n, v in heard.extra.items()}
+        )
         shard = self.shared.task.shard(rows)
         made, _ = phases.apply(
             self.hub_state, at, work.sent[rows], shard, keys[rows], self.shared, round
@@ -456,7 +457,11 @@ class _Mesh:
         self.mixing: Tensor | None = None
         if all(m is not None for m in mixing):
             self.mixing = torch.cat(
-                [torch.nn.functional.pad(m, (0, width + 1 - m.shape[1])) for m in mixing if m is not None]
+                [
+                    torch.nn.functional.pad(m, (0, width + 1 - m.shape[1]))
+                    for m in mixing
+                    if m is not None
+                ]
             )
 
 
@@ -495,4 +500,3 @@ def _kept(done: Tensor, new: Any, old: Any) -> Any:
 
 def _copied(into: Any, source: Any, rows: Tensor) -> Any:
     return tree.merge_trees(lambda pair: pair[0].index_copy(0, rows, pair[1][rows]), [into, source])
-

@@ -92,7 +92,9 @@ def arrivals(
         drained = clear + slots.fan_out * service
         up_free = torch.where(torch.isfinite(sent_s), drained, up_free)
     delay = links.latency_of_s(source, target) + links.jitter_of_s(source, target, key)
-    blocked, extra, held = timeline.on_links(source, target, torch.where(sends, sent_s[source], -1.0))
+    blocked, extra, held = timeline.on_links(
+        source, target, torch.where(sends, sent_s[source], -1.0)
+    )
     lost = links.lost(source, target, key, extra) & ~blocked
     passes = sends & ~blocked & ~lost
     # What its receiver was not alive for when it left reaches no one.
@@ -103,9 +105,11 @@ def arrivals(
         # The queue may still be busy with the wave before.
         first = torch.maximum(first, down_free[slots.receiver].unsqueeze(-1))
         arrive = fifo_finish(first, taking, passes)
-        last = torch.where(passes, arrive, 0.0).sum(-1) if not passes.shape[-1] else torch.where(
-            passes, arrive, 0.0
-        ).amax(-1)
+        last = (
+            torch.where(passes, arrive, 0.0).sum(-1)
+            if not passes.shape[-1]
+            else torch.where(passes, arrive, 0.0).amax(-1)
+        )
         down_free = down_free.index_put((slots.receiver,), last.maximum(down_free[slots.receiver]))
     else:
         arrive = torch.maximum(end + delay, held)

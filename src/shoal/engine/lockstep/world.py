@@ -29,7 +29,9 @@ class World:
     clock [peers]: when each peer is free to go on. on [peers]: works in this round.
     """
 
-    def __init__(self, method: Method, network: Network, measure: Measure | None, offset: int) -> None:
+    def __init__(
+        self, method: Method, network: Network, measure: Measure | None, offset: int
+    ) -> None:
         if network.peers != method.peers:
             raise UsageError(
                 f"the network has {network.peers} peers and the method {method.peers} "
@@ -212,7 +214,11 @@ class World:
     def _attack_times(self, round: int, hop: int, hops: int) -> Tensor:
         """An omniscient attack waits for the last honest vector, or nearly for the deadline."""
         method = self.method
-        if not method.byzantine or method.attack is None or method.attack.knowledge is Knowledge.OWN:
+        if (
+            not method.byzantine
+            or method.attack is None
+            or method.attack.knowledge is Knowledge.OWN
+        ):
             return self.sent_s
         sends = torch.isfinite(self.sent_s)
         if torch.equal(sends, method.active(round)):
@@ -228,7 +234,9 @@ class World:
     def _arrive(self, slots: Slots, sent_s: Tensor, size_bytes: Tensor, key: int) -> Arrivals:
         return arrivals(self._wires, self.timeline, slots, sent_s, size_bytes, key)
 
-    def _send(self, slots: Slots, sent_s: Tensor, size_bytes: Tensor, key: int, kind: type) -> Tensor:
+    def _send(
+        self, slots: Slots, sent_s: Tensor, size_bytes: Tensor, key: int, kind: type
+    ) -> Tensor:
         """Arrival times [receivers, k]; counts bytes and losses."""
         made = self._arrive(slots, sent_s, size_bytes, key)
         self._wires.up_free, self._wires.down_free = made.up_free, made.down_free

@@ -63,9 +63,7 @@ class _Build:
             free = isinstance(last, (Convolution, Linear)) and layer.kind in _BY_VALUE
             layer = replace(layer, in_place=free)
         numbers = self.numbers + 2 * math.prod(shape)
-        return replace(
-            self, layers=(*self.layers, layer), shape=shape, numbers=numbers, **change
-        )
+        return replace(self, layers=(*self.layers, layer), shape=shape, numbers=numbers, **change)
 
 
 def compile_module(
@@ -118,7 +116,9 @@ def _activation(module: nn.Module) -> Activation | None:
     if kind is nn.GELU:
         return Activation("gelu", module.approximate)
     if kind is nn.LeakyReLU:
-        return Activation("leaky_relu", module.negative_slope) if module.negative_slope > 0 else None
+        return (
+            Activation("leaky_relu", module.negative_slope) if module.negative_slope > 0 else None
+        )
     names = {nn.ReLU: "relu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid", nn.SiLU: "silu"}
     return Activation(names[kind]) if kind in names else None
 
@@ -139,9 +139,7 @@ def _pool(module: nn.MaxPool2d | nn.AvgPool2d, size: Pair) -> MaxPool | AvgPool 
     return MaxPool(window, stride, padding, (out[0], out[1]))
 
 
-def _convolution(
-    build: _Build, leaves: list[tuple[str, nn.Module]]
-) -> tuple[_Build | None, int]:
+def _convolution(build: _Build, leaves: list[tuple[str, nn.Module]]) -> tuple[_Build | None, int]:
     prefix, conv = leaves[0]
     assert isinstance(conv, nn.Conv2d)
     if (

@@ -71,7 +71,9 @@ class Program:
         self.size_bytes = 0
         self._shared: dict[str, Tensor] = {}
 
-    def empty(self, shape: tuple[int, ...] | torch.Size, dtype: torch.dtype | None = None) -> Tensor:
+    def empty(
+        self, shape: tuple[int, ...] | torch.Size, dtype: torch.dtype | None = None
+    ) -> Tensor:
         """A buffer of this program."""
         buffer = self.like.new_empty(shape, dtype=dtype or self.like.dtype)
         self.size_bytes += buffer.numel() * buffer.element_size()

@@ -30,7 +30,9 @@ def patches(image: Tensor, kernel: Pair, stride: Pair, dilation: Pair, out: Pair
     )
 
 
-def taps(image: Tensor, kernel: Pair, stride: Pair, dilation: Pair, out: Pair) -> list[list[Tensor]]:
+def taps(
+    image: Tensor, kernel: Pair, stride: Pair, dilation: Pair, out: Pair
+) -> list[list[Tensor]]:
     """For each place in the kernel the view `[rows, channels, oh, ow, batch]` that it meets."""
     view = patches(image, kernel, stride, dilation, out)
     return [[view[:, :, i, j] for j in range(kernel[1])] for i in range(kernel[0])]

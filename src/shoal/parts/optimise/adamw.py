@@ -59,9 +59,7 @@ class AdamW:
         return Decay.of(self.decay)
 
     def init(self, params: Vector) -> AdamWState:
-        return AdamWState(
-            torch.zeros_like(params), torch.zeros_like(params), start_count(params)
-        )
+        return AdamWState(torch.zeros_like(params), torch.zeros_like(params), start_count(params))
 
     def step(
         self,

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from shoal.parts.tasks._splits import Split, shards_of
     from shoal.parts.tasks.base import ModuleTask, task_of
 
-__all__ = ["ModuleTask", "task_of"]
+_PLACES = {"ModuleTask": "base", "task_of": "base", "Split": "_splits", "shards_of": "_splits"}
+__all__ = ["ModuleTask", "Split", "shards_of", "task_of"]
 
 
 def __getattr__(name: str) -> Any:
-    if name in __all__:
-        from shoal.parts.tasks import base
-
-        return getattr(base, name)
+    if name in _PLACES:
+        return getattr(importlib.import_module(f"{__name__}.{_PLACES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

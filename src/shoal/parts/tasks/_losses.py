@@ -117,5 +117,7 @@ def loss_of(loss: str | LossFunction | torch.nn.Module) -> Loss:
 
 def _default(loss: torch.nn.CrossEntropyLoss, plain: torch.nn.CrossEntropyLoss) -> bool:
     names = ("ignore_index", "label_smoothing", "weight")
-    return all(getattr(loss, name) is getattr(plain, name) or
-               getattr(loss, name) == getattr(plain, name) for name in names)
+    return all(
+        getattr(loss, name) is getattr(plain, name) or getattr(loss, name) == getattr(plain, name)
+        for name in names
+    )

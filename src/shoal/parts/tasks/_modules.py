@@ -68,9 +68,7 @@ class _Drawn(TorchDispatchMode):
         super().__init__()
         self.generator = generator
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         if torch.Tag.nondeterministic_seeded in func.tags:
             if all(argument.name != "generator" for argument in func._schema.arguments):

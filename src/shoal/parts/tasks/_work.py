@@ -47,9 +47,7 @@ class StackedWork:
     def forward(self, params: Tensor, x: Tensor) -> Tensor:
         return self.model.forward(params, x)
 
-    def gradient(
-        self, params: Tensor, x: Tensor, y: Tensor, weight: Tensor, loss: Loss
-    ) -> Tensor:
+    def gradient(self, params: Tensor, x: Tensor, y: Tensor, weight: Tensor, loss: Loss) -> Tensor:
         return self.model.gradient(params, x, _of_output(y, weight, loss))
 
     def clipped(
@@ -108,9 +106,7 @@ class ModuleWork:
             return call(params, x[0])
         return vmap(self.call, chunk_size=size, randomness="error")(params, x)
 
-    def gradient(
-        self, params: Tensor, x: Tensor, y: Tensor, weight: Tensor, loss: Loss
-    ) -> Tensor:
+    def gradient(self, params: Tensor, x: Tensor, y: Tensor, weight: Tensor, loss: Loss) -> Tensor:
         if not self.vectorised:
             rows = zip(params, x, y, weight, strict=True)
             return torch.stack([self._one(*row, loss) for row in rows])

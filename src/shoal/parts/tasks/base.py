@@ -5,7 +5,7 @@ Samples live once in the task; a shard is a row of positions. Everything takes l
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from shoal.parts.models.base import compile_module
 from shoal.parts.tasks._losses import CrossEntropy, LossFunction, loss_of
 from shoal.parts.tasks._modules import checked, draw, probe
 from shoal.parts.tasks._work import METHODS, ModuleWork, StackedWork, Work
-from shoal.rounds.task import Batch, Shard
+from shoal.rounds.task import Batch, Shard, Task
 from shoal.tensor import keyed
 from shoal.tensor.flat import FlatSpec
 from shoal.tensor.types import Index, Key, Mask, Scalar, Vector
@@ -70,7 +70,7 @@ class ModuleTask:
             "batching": batching,
             "loss_rule": found,
             "module": module,
-            "split": split,
+            "shares": split,
             "x": x,
             "y": y.to(dtype) if y.is_floating_point() else y,
             "test_x": test[0].to(x.device).contiguous(),
@@ -132,9 +132,35 @@ class ModuleTask:
         return draw(self.module, self.spec, key).to(self.x.device)
 
     def shard(self, peer: int | Index) -> Shard:
-        split = self.split
+        split = self.shares
         labels = None if split.labels is None else split.labels[peer]
         return Shard(split.index[peer], split.size[peer], labels)
+
+    def joined(self, tasks: Sequence[Task]) -> ModuleTask:
+        out = ModuleTask()
+        for task in tasks:
+            if not isinstance(task, ModuleTask) or not self._shares_with(task):
+                raise UsageError(
+                    "task: seeds that run together must share samples, model and loss (run them "
+                    "one by one)"
+                )
+        vars(out).update(vars(self))
+        shares = [task.shares for task in tasks if isinstance(task, ModuleTask)]
+        most = max(share.index.shape[-1] for share in shares)
+        index = torch.cat([_wider(share.index, most) for share in shares])
+        labels = None
+        if self.shares.labels is not None:
+            labels = torch.cat([_wider(s.labels, most) for s in shares if s.labels is not None])
+        size = torch.cat([share.size for share in shares])
+        out.shares, out.peers = Shard(index, size, labels), int(size.shape[0])
+        return out
+
+    def _shares_with(self, other: ModuleTask) -> bool:
+        """Whether both have the very same tables, and models of one shape."""
+        same = all(getattr(self, n) is getattr(other, n) for n in ("x", "y", "test_x", "test_y"))
+        noisy = (self.shares.labels is None) == (other.shares.labels is None)
+        models = self.spec == other.spec and str(self.module) == str(other.module)
+        return same and noisy and models and self.loss_rule == other.loss_rule
 
     def batch(self, shard: Shard, key: Key, size: int) -> Batch:
         draws = keyed.uniform(keyed.fold(key, "batch").unsqueeze(-1), _range(size, key))
@@ -258,7 +284,7 @@ def task_of(
     """A task from a user's own module, loss and tensors.
 
     train, test: (x [n, *], y [n, *]); split: each peer's positions in `train`, such as
-    `shoal.parts.tasks.base.shards_of` makes; loss: "cross_entropy" (classes are the last axis of
+    `shoal.parts.tasks.shards_of` makes; loss: "cross_entropy" (classes are the last axis of
     the output), "mse", or a function (output, y) -> mean or one loss per sample.
 
     >>> x = torch.randn(6, 3)
@@ -272,9 +298,7 @@ def task_of(
     return task
 
 
-def _check_samples(
-    train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], split: Shard
-) -> None:
+def _check_samples(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], split: Shard) -> None:
     for name, (x, y) in (("train", train), ("test", test)):
         if x.shape[:1] != y.shape[:1] or x.shape[0] == 0:
             raise UsageError(
@@ -307,6 +331,14 @@ def _check_classes(output: Tensor, targets: tuple[Tensor, ...], classes: int | N
                 f"axis allows 0 to {width - 1} (widen the output, or renumber)"
             )
     return classes if classes is not None else width
+
+
+def _wider(table: Tensor, most: int) -> Tensor:
+    """[peers, most, *], padded with 0."""
+    lack = most - table.shape[1]
+    if not lack:
+        return table
+    return torch.cat((table, table.new_zeros((table.shape[0], lack, *table.shape[2:]))), 1)
 
 
 def _range(count: int, key: Key) -> Tensor:

@@ -1,0 +1,134 @@
+"""What all image tasks share: settings, model and split; a data set adds its table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shoal.base import keyed
+from shoal.base.errors import UsageError
+from shoal.parts.models.cnn import CNN
+from shoal.parts.models.mlp import MLP
+from shoal.parts.tasks._splits import Split, shards_of, subset
+from shoal.parts.tasks.base import ModuleTask
+from shoal.rounds.task import Shard
+
+Table = tuple[Tensor, Tensor, Tensor, Tensor]
+"""Training images [n, 1, height, width] in [0, 1], labels [n], test images, test labels."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Images(ModuleTask):
+    """Classification of images with an MLP (`hidden`) or a CNN (`channels`, then `hidden[0]`).
+
+    split and what follows: see `Split`; train_samples: learn from so many only, drawn by seed,
+    classes balanced; label_noise: share of training labels that are replaced by a wrong one;
+    standardise: zero mean and unit variance per pixel over the training set. The test set is the
+    same for every seed.
+    """
+
+    peers: int
+    seed: int = 0
+    split: str = "iid"
+    alpha: float = 0.5
+    classes_per_peer: int = 2
+    spread: float = 1.0
+    samples_per_peer: int | None = None
+    with_replacement: bool = False
+    holders: tuple[int, ...] | None = None
+    train_samples: int | None = None
+    label_noise: float = 0.0
+    standardise: bool = False
+    model: str = "mlp"
+    hidden: tuple[int, ...] = (64,)
+    channels: tuple[int, ...] = (8, 16)
+    batching: str = "auto"
+    device: str = "cpu"
+
+    def prepare(self, load: Callable[[bool, str], Table]) -> None:
+        """Load the table, share it out and set the task up."""
+        if self.model not in ("mlp", "cnn"):
+            raise UsageError(f"task: model={self.model!r}; need mlp or cnn")
+        if not 0 <= self.label_noise <= 1:
+            raise UsageError(f"task: label_noise={self.label_noise}; need 0 to 1")
+        if self.model == "cnn" and len(self.hidden) != 1:
+            raise UsageError(
+                f"task: hidden={self.hidden}; a cnn has one hidden layer (give one width)"
+            )
+        rule = Split(
+            self.split, self.alpha, self.classes_per_peer, self.spread, self.samples_per_peer,
+            self.with_replacement, self.holders,
+        )  # fmt: skip
+        x, y, test_x, test_y = load(self.standardise, self.device)
+        labels = y.cpu().numpy()
+        kept = np.arange(len(labels))
+        if self.train_samples is not None:
+            kept = subset(labels, self.train_samples, self.seed)
+        parts = [kept[part] for part in rule.parts(labels[kept], self.peers, self.seed)]
+        shard = shards_of(parts, self.device)
+        if self.label_noise:
+            shard = Shard(shard.index, shard.size, self._noisy(shard, y))
+        module = self._model().build(tuple(x.shape[1:]), 10)
+        self.setup(
+            module, "cross_entropy", (x, y), (test_x, test_y), shard, classes=10,
+            batching=self.batching,
+        )  # fmt: skip
+
+    def _model(self) -> Any:
+        if self.model == "mlp":
+            return MLP(hidden=self.hidden)
+        return CNN(channels=self.channels, hidden=self.hidden[0])
+
+    def _noisy(self, shard: Shard, y: Tensor) -> Tensor:
+        """Labels [peers, most]: the sample decides, so two owners of one see the same label."""
+        key = keyed_of(self.seed, y)
+        wrong = torch_uniform(key, y) < self.label_noise
+        shift = 1 + (torch_uniform(key + 1, y) * 9).long()
+        return torch.where(wrong, (y + shift) % 10, y)[shard.index]
+
+
+def keyed_of(seed: int, like: Tensor) -> Tensor:
+    """The key of a seed's label noise, on the table's device."""
+    word = keyed.signed(keyed.fold(0, seed, "label noise"))
+    return torch.tensor(word, dtype=torch.int64, device=like.device)
+
+
+def torch_uniform(key: Tensor, y: Tensor) -> Tensor:
+    """One draw per sample."""
+    from shoal.tensor.keyed import uniform
+
+    return uniform(key, torch.arange(len(y), device=y.device))
+
+
+def table_of(
+    x: np.ndarray, y: np.ndarray, test_x: np.ndarray, test_y: np.ndarray, standardise: bool,
+    device: str,
+) -> Table:  # fmt: skip
+    """Tensors of images [n, height, width] with values in [0, 1]."""
+    x, test_x = x.astype(np.float32), test_x.astype(np.float32)
+    if standardise:
+        mean, deviation = x.mean(0), x.std(0)
+        deviation = np.where(deviation > 0, deviation, 1.0)
+        x, test_x = (x - mean) / deviation, (test_x - mean) / deviation
+    return (
+        torch.as_tensor(x[:, None], device=device),
+        torch.as_tensor(y.astype(np.int64), device=device),
+        torch.as_tensor(test_x[:, None], device=device),
+        torch.as_tensor(test_y.astype(np.int64), device=device),
+    )
+
+
+def held_out(y: np.ndarray, share: float) -> tuple[np.ndarray, np.ndarray]:
+    """Positions for training and for testing, the same in every run, classes balanced."""
+    rng = np.random.default_rng(0)
+    test = []
+    for c in np.unique(y):
+        own = rng.permutation(np.flatnonzero(y == c))
+        test.append(own[: round(share * len(own))])
+    chosen = np.sort(np.concatenate(test))
+    return np.setdiff1d(np.arange(len(y)), chosen), chosen
