@@ -191,7 +191,7 @@ def local(
 ) -> tuple[Any, Vector, Tensor | None, Mapping[str, Tensor]]:
     """strategy.local as (state, vector, weight, extra)."""
     active = torch.ones_like(key, dtype=torch.bool)
-    step = Step(round, method.task, shard, key, active, deadline=method.deadline(round))
+    step = Step(round, method.task, shard, key, active)
     state, parcel = method.strategy.local(state, step)
     assert isinstance(parcel, Parcel)
     return state, parcel.vector, parcel.weight, dict(parcel.extra)
@@ -283,7 +283,7 @@ def apply(
 ) -> tuple[Any, Vector]:
     """strategy.apply as (state, parameters)."""
     active = torch.ones_like(key, dtype=torch.bool)
-    step = Step(round, method.task, shard, key, active, sent, method.deadline(round))
+    step = Step(round, method.task, shard, key, active, sent)
     state = method.strategy.apply(state, heard, step)
     return state, method.strategy.params(state)
 

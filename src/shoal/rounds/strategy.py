@@ -21,8 +21,7 @@ class Step:
     """What a strategy may look at in one round.
 
     round: the same for all rows; shard, key, active: one per row; sent: this round's own payload
-    after encode and decode, [..., dim] (only in `apply`; CHOCO and EF21 need it);
-    deadline: seconds since the start at which the round ends, [...] or scalar.
+    after encode and decode, [..., dim] (only in `apply`; CHOCO and EF21 need it).
     """
 
     round: int
@@ -31,7 +30,6 @@ class Step:
     key: Key
     active: Mask
     sent: Vector | None = None
-    deadline: float = float("inf")
 
 
 @dataclass(frozen=True)

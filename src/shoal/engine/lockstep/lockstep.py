@@ -104,9 +104,10 @@ class Lockstep:
         if not methods or len(methods) != len(networks):
             raise UsageError(f"lockstep: {len(methods)} methods for {len(networks)} networks")
         self.first = first = methods[0]
-        if len({(m.rounds, m.round_s, m.exchange.hub, m.byzantine, m.peers) for m in methods}) > 1:
+        if len({(m.rounds, m.exchange.hub, m.peers) for m in methods}) > 1:
             raise UsageError(
-                "lockstep: seeds that run together must have equal peers, rounds, hub and attackers"
+                "lockstep: seeds that run together must have equal peers, rounds and hub (run them "
+                "one by one)"
             )
         found = measures or [None] * len(methods)
         self.worlds = [
@@ -138,11 +139,16 @@ class Lockstep:
         task, attack = self.shared.task, self.first.attack
         every = torch.arange(self.total)
         shard = task.shard(every)
-        if attack is None or not self.first.byzantine:
+        if attack is None or not any(m.byzantine for m in methods):
             return [(every, shard)]
-        byzantine = torch.tensor(self.first.byzantine)
-        rows = torch.cat([byzantine + w.offset for w in self.worlds])
-        keys = torch.cat([keyed.fold(keyed.key_of(m.seed, "poison"), byzantine) for m in methods])
+        byzantine = [torch.tensor(m.byzantine, dtype=torch.int64) for m in methods]
+        rows = torch.cat([b + w.offset for b, w in zip(byzantine, self.worlds, strict=True)])
+        keys = torch.cat(
+            [
+                keyed.fold(keyed.key_of(m.seed, "poison"), b)
+                for m, b in zip(methods, byzantine, strict=True)
+            ]
+        )
         poisoned = attack.poison(task, tree.select(shard, rows), keys)
         honest = torch.ones_like(every, dtype=torch.bool)
         honest[rows] = False
@@ -305,7 +311,7 @@ class Lockstep:
     ) -> tuple[Tensor, list[_Lies]]:
         """What receivers see [rows, dim], and what an equivocating attack tells each of them."""
         attack = self.first.attack
-        if attack is None or not self.first.byzantine:
+        if attack is None or not any(w.method.byzantine for w in self.worlds):
             return current, []
         outgoing = current.clone()
         special: list[_Lies] = []
