@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 import json
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -184,25 +184,60 @@ def check_settings(card: System, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def execute(cell: Cell, launcher: Launcher, progress: Progress | None = None) -> Run:
     """Run a cell: make the objects that it names and hand them to the launcher."""
+    made = _make(cell)
+    if isinstance(made, Run):
+        return made
+    what, scenario = made
+    return launcher(what, scenario, seed=cell.seed, engine=cell.engine, progress=progress)
+
+
+def execute_seeds(cells: Sequence[Cell], progress: Progress | None = None) -> list[Run]:
+    """Cells that differ in their seeds alone (see `stacks`), as one stack of worlds."""
+    from shoal.lab.launch import launch_seeds
+
+    made = [_make(cell) for cell in cells]
+    scenarios = [each[1] for each in made if not isinstance(each, Run)]
+    first = made[0]
+    assert not isinstance(first, Run)
+    return launch_seeds(
+        first[0], scenarios, [cell.seed for cell in cells], engine=cells[0].engine,
+        progress=progress,
+    )  # fmt: skip
+
+
+def stacks(cell: Cell) -> tuple[Any, ...] | None:
+    """What cells must share to run as one stack; None for a cell that runs by itself."""
+    if cell.live or cell.system is None or cell.engine not in ("auto", "lockstep"):
+        return None
+    card = discover.load(cell.system)
+    host = discover.load(card.host) if card.kind == "part" else card
+    if host.kind != "strategy":
+        return None
+    # Faults and attackers may follow from the seed; everything else must be equal.
+    world = replace(cell.scenario, seed=0, faults=(), byzantine=0)
+    return (cell.arm, cell.system, cell.settings, cell.host, cell.engine, world)
+
+
+def _make(cell: Cell) -> Run | tuple[Any, Scenario]:
+    """The live object that a cell runs and its world, or what a study returned."""
     scenario = cell.scenario
     if cell.what is not None:
-        what = cell.what
-    else:
-        assert cell.system is not None
-        card = discover.load(cell.system)
-        settings = check_settings(card, dict(cell.settings))
-        if card.make is None:
-            raise UsageError(f"{card.name}: it makes nothing itself; run one of its arms")
-        if card.kind == "study":
-            return _as_run(card.make(scenario, **settings), scenario, cell)
-        what = card.make(**settings)
-        if card.kind == "part":
-            scenario = replace(scenario, **{card.role: what})
-            host = discover.load(card.host)
-            if host.make is None or host.kind not in ("strategy", "program"):
-                raise UsageError(f"{card.name}: host {card.host!r} is no strategy or program")
-            what = host.make(**check_settings(host, dict(cell.host)))
-    return launcher(what, scenario, seed=cell.seed, engine=cell.engine, progress=progress)
+        return cell.what, scenario
+    assert cell.system is not None
+    card = discover.load(cell.system)
+    settings = check_settings(card, dict(cell.settings))
+    if card.make is None:
+        raise UsageError(f"{card.name}: it makes nothing itself; run one of its arms")
+    if card.kind == "study":
+        return _as_run(card.make(scenario, **settings), scenario, cell)
+    what = card.make(**settings)
+    if card.kind == "part":
+        scenario = replace(scenario, **{card.role: what})
+        host = discover.load(card.host)
+        if host.make is None or host.kind not in ("strategy", "program"):
+            raise UsageError(f"{card.name}: host {card.host!r} is no strategy or program")
+        what = host.make(**check_settings(host, dict(cell.host)))
+    return what, scenario
 
 
 def _as_run(result: Any, scenario: Scenario, cell: Cell) -> Run:

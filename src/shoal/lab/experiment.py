@@ -8,24 +8,23 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from shoal.base.errors import ShoalError, UsageError
+from shoal.base.errors import UsageError
 from shoal.lab import discover
 from shoal.lab import launch as seam
 from shoal.lab.build import check
 from shoal.lab.card import Arm, Claim, System
-from shoal.lab.cell import Cell, Launcher, cell_of, execute, setting_hints
-from shoal.lab.jobs import Outcome, in_processes
+from shoal.lab.cell import Cell, Launcher, cell_of, setting_hints
+from shoal.lab.jobs import Outcome, Waiting, in_processes, run_group, stacked
 from shoal.lab.report import Report
 from shoal.lab.run import scenario_of
 from shoal.lab.scenario import Scenario, is_scenario_key, typed
 from shoal.lab.store import Store
 from shoal.lab.values import Unfit, Where, fit, near, refuse
-from shoal.world.record import Run
 
 
 @dataclass(frozen=True)
 class Tick:
-    """Progress of an experiment. `part` (0 to 1) is how far the cell in hand is."""
+    """Progress of an experiment. `part` is how many cells' worth of those in hand is done."""
 
     done: int
     total: int
@@ -182,7 +181,7 @@ class Experiment:
         for cell in {c.arm: c for c in cells}.values():
             check(cell.scenario)
         outcomes: dict[tuple[str, int], Outcome] = {}
-        waiting: list[tuple[Cell, str | None]] = []
+        waiting: list[Waiting] = []
         for cell in cells:
             key = cell.key() if store is not None else None
             found = None
@@ -213,24 +212,27 @@ class Experiment:
 
 
 def _here(
-    waiting: list[tuple[Cell, str | None]],
+    waiting: list[Waiting],
     launcher: Launcher,
     store: Store | None,
     tell: Callable[..., None],
 ) -> Any:
-    """Run cells in this process, one after the other."""
-    for cell, key in waiting:
-        tell(cell)
-        try:
-            run: Run = execute(cell, launcher, lambda part, note, cell=cell: tell(cell, part, note))
-        except UsageError:
-            raise
-        except ShoalError as error:
-            yield Outcome(cell, None, f"{type(error).__name__}: {error}", key)
-            continue
-        if store is not None and key is not None:
-            store.put(key, cell, run)
-        yield Outcome(cell, run, key=key)
+    """Run groups of cells in this process, one after the other."""
+    for group in stacked(waiting, launcher):
+        first, size = group[0][0], len(group)
+        tell(first)
+
+        def progress(part: float, note: str, cell: Cell = first, size: int = size) -> None:
+            tell(cell, part * size, note if size == 1 else f"and {size - 1} more seeds, {note}")
+
+        results = run_group(group, launcher, progress)
+        for (cell, key), result in zip(group, results, strict=True):
+            if isinstance(result, str):
+                yield Outcome(cell, None, result, key)
+                continue
+            if store is not None and key is not None:
+                store.put(key, cell, result)
+            yield Outcome(cell, result, key=key)
 
 
 _FILE_HINTS: Mapping[str, Any] = {

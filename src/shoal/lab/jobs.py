@@ -1,4 +1,7 @@
-"""Cells in spawned processes. Never forked: a fork after torch is imported is slow or hangs."""
+"""Groups of cells, here or in spawned processes.
+
+Never forked: a fork after torch is imported is slow or hangs.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,19 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from shoal.base.errors import ShoalError, UsageError
-from shoal.lab.cell import Cell, Launcher, execute, gone
+from shoal.lab import launch as seam
+from shoal.lab.cell import Cell, Launcher, Progress, execute, execute_seeds, gone, stacks
 from shoal.lab.store import Store, decode_run, encode_run, save_params
 from shoal.world.record import Run
+
+Waiting = tuple[Cell, str | None]
+"""A cell that is to run, and its key in the store."""
+
+STACK_MAX = 10
+"""Most seeds in one stack: bounds memory, and what a kill costs."""
 
 
 @dataclass(frozen=True)
@@ -29,32 +40,69 @@ class Outcome:
     key: str | None = None
 
 
+def stacked(waiting: list[Waiting], launcher: Launcher) -> list[list[Waiting]]:
+    """Cells that run together: the seeds of a strategy's arm in one piece, others by themselves.
+
+    Only the lab's own launcher knows how to run several seeds at once.
+    """
+    groups: dict[Any, list[Waiting]] = {}
+    for place, (cell, key) in enumerate(waiting):
+        common = stacks(cell) if launcher is seam.launch else None
+        groups.setdefault(place if common is None else common, []).append((cell, key))
+    return [
+        group[start : start + STACK_MAX]
+        for group in groups.values()
+        for start in range(0, len(group), STACK_MAX)
+    ]
+
+
+def run_group(
+    group: list[Waiting], launcher: Launcher, progress: Progress | None = None
+) -> list[Run | str]:
+    """The runs of a group, or the errors that they ended in."""
+    cells = [cell for cell, _ in group]
+    try:
+        if len(cells) > 1:
+            return list(execute_seeds(cells, progress))
+        return [execute(cells[0], launcher, progress)]
+    except UsageError:
+        raise
+    except ShoalError as error:
+        return [f"{type(error).__name__}: {error}"] * len(cells)
+
+
 def in_processes(
-    waiting: list[tuple[Cell, str | None]], launcher: Launcher, store: Store | None, jobs: int
+    waiting: list[Waiting], launcher: Launcher, store: Store | None, jobs: int
 ) -> Iterator[Outcome]:
     """Outcomes in the order in which they finish. Leaving the loop early ends the processes."""
     _check_picklable(waiting, launcher)
     before = set(multiprocessing.active_children())
+    groups = stacked(waiting, launcher)
     pool = ProcessPoolExecutor(
-        min(jobs, len(waiting)), multiprocessing.get_context("spawn"), _start_worker
+        min(jobs, len(groups)), multiprocessing.get_context("spawn"), _start_worker
     )
     try:
         futures = {}
-        for cell, key in waiting:
-            path = store.params_path(key) if store is not None and key is not None else None
-            futures[pool.submit(_work, cell, launcher, path)] = (cell, key)
+        for group in groups:
+            paths = [
+                store.params_path(key) if store is not None and key is not None else None
+                for _, key in group
+            ]
+            futures[pool.submit(_work, group, launcher, paths)] = group
         for future in as_completed(futures):
-            cell, key = futures[future]
+            group = futures[future]
             try:
-                data, error = future.result()
+                results = future.result()
             except BrokenProcessPool:
+                cell = group[0][0]
                 raise ShoalError(
                     f"a worker process died while {cell.arm}, seed {cell.seed} or a cell beside "
                     "it ran (out of memory? lower --jobs); what had finished is stored"
                 ) from None
-            if data is not None and store is not None and key is not None:
-                store.put_encoded(key, cell, data)
-            yield Outcome(cell, decode_run(data) if data is not None else None, error, key)
+            for (cell, key), (data, error) in zip(group, results, strict=True):
+                if data is not None and store is not None and key is not None:
+                    store.put_encoded(key, cell, data)
+                yield Outcome(cell, decode_run(data) if data is not None else None, error, key)
         pool.shutdown()
     except BaseException:
         # A cell may have minutes to go; Ctrl-C means now. What is stored is whole.
@@ -90,14 +138,16 @@ def _die_with_parent() -> None:
         os._exit(1)
 
 
-def _work(cell: Cell, launcher: Launcher, params: Path | None) -> tuple[bytes | None, str]:
-    """In the worker: run a cell, save its parameters, return the encoded run or the error."""
-    try:
-        run = execute(cell, launcher, None)
-    except UsageError:
-        raise
-    except ShoalError as error:
-        return None, f"{type(error).__name__}: {error}"
-    if params is not None and run.final:
-        save_params(run, params, gone(cell))
-    return encode_run(run), ""
+def _work(
+    group: list[Waiting], launcher: Launcher, paths: list[Path | None]
+) -> list[tuple[bytes | None, str]]:
+    """In the worker: run a group, save parameters, return each encoded run or error."""
+    out: list[tuple[bytes | None, str]] = []
+    for (cell, _), path, result in zip(group, paths, run_group(group, launcher), strict=True):
+        if isinstance(result, str):
+            out.append((None, result))
+            continue
+        if path is not None and result.final:
+            save_params(result, path, gone(cell))
+        out.append((encode_run(result), ""))
+    return out
