@@ -8,6 +8,7 @@ object is shared by the programs of one run.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,49 +19,94 @@ from shoal.kernel.waits import Wait
 from shoal.rounds.attack import Knowledge, View
 from shoal.rounds.method import Method
 from shoal.tensor import keyed
-from shoal.tensor.types import Stack, Vector
+from shoal.tensor.types import Mask, Stack, Vector
 
 FALLBACK = 0.1
 """With honest peers missing, an omniscient attack acts this part of a round before its deadline."""
 
 
-def craft(method: Method, round: int, hop: int, honest: Stack, own: Stack) -> Stack:
-    """What the Byzantine peers send: [..., byzantine, dim] or [..., honest, byzantine, dim].
+@dataclass(frozen=True)
+class Sides:
+    """Who is who in one hop of one round: ids in ascending order."""
 
-    honest [..., honest, dim]; own [..., byzantine, dim]. The same for every engine.
+    honest: tuple[int, ...]
+    byzantine: tuple[int, ...]
+
+
+def craft(
+    methods: Sequence[Method], round: int, hop: int, sides: Sequence[Sides], honest: Stack,
+    own: Stack,
+) -> Stack:  # fmt: skip
+    """What the Byzantine peers send: [worlds, byzantine, dim] or [worlds, honest, byzantine, dim].
+
+    One method and its sides for each world, all of one size; honest [worlds, honest, dim]; own
+    [worlds, byzantine, dim]. The same for every engine.
     """
-    attack = method.attack
+    attack = methods[0].attack
     assert attack is not None
-    key = keyed.key_of(method.seed, "attack", round, hop, device=str(own.device))
+    device = own.device
+    names = [keyed.key_of(m.seed, "attack", round, hop, device=str(device)) for m in methods]
+    key = torch.stack(names)
     if attack.knowledge is Knowledge.OWN:
         # Each attacker sees itself alone: one world per attacker.
         own = own.unsqueeze(-2)
-        keys = keyed.fold(key, torch.tensor(method.byzantine, device=own.device))
-        return attack(View(own, own, round), keys).squeeze(-2)
+        ids = torch.tensor([side.byzantine for side in sides], device=device)
+        return attack(View(own, own, round), keyed.fold(key.unsqueeze(-1), ids)).squeeze(-2)
+    heard = torch.stack([in_hand(m, round, hop, s) for m, s in zip(methods, sides, strict=True)])
+    heard = heard.to(device)
 
     def rule(candidate: Stack) -> Stack:
-        return outcome(method, honest, candidate)
+        return outcome(methods[0], honest, candidate, heard)
 
     return attack(View(honest, own, round, rule), key)
 
 
-def outcome(method: Method, honest: Stack, byzantine: Stack) -> Stack:
-    """What each honest peer would hold if it heard everybody: [..., honest, dim]."""
+def in_hand(method: Method, round: int, hop: int, sides: Sides) -> Mask:
+    """Whose vectors each honest peer will use, the own one first of all: bool [honest, n].
+
+    Columns are the honest peers, then the Byzantine ones. Losses are not foreseen.
+    """
+    wave = method.waves(round)[hop]
+    columns = {peer: place for place, peer in enumerate((*sides.honest, *sides.byzantine))}
+    heard = torch.eye(len(sides.honest), len(columns), dtype=torch.bool, device="cpu")
+    pairs = [
+        (row, columns[source])
+        for row, peer in enumerate(sides.honest)
+        for source in wave.expected[peer]
+        if source in columns
+    ]
+    if pairs:
+        rows, places = zip(*pairs, strict=True)
+        heard[list(rows), list(places)] = True
+    return heard
+
+
+def outcome(method: Method, honest: Stack, byzantine: Stack, heard: Mask) -> Stack:
+    """What each honest peer would hold [..., honest, dim] if no message got lost.
+
+    heard: bool [..., honest, honest + byzantine]. A rule that offers `everyone` and not `among` is
+    asked as if everybody heard everybody, which costs one evaluation in place of one per receiver.
+    """
     count = honest.shape[-2]
     byzantine = byzantine.to(honest.dtype).expand(*honest.shape[:-2], *byzantine.shape[-2:])
     rows = torch.cat((honest, byzantine), -2)
+    total = rows.shape[-2]
     mask = torch.ones(rows.shape[:-1], dtype=torch.bool, device=rows.device)
     everyone = getattr(method.aggregator, "everyone", None)
+    if getattr(method.aggregator, "centered", False) and hasattr(method.aggregator, "among"):
+        whole = torch.eye(total, dtype=torch.bool, device=rows.device)
+        whole = whole.expand(*heard.shape[:-2], total, total).clone()
+        whole[..., :count, :] = heard
+        return method.aggregator.among(rows, whole)[..., :count, :]  # type: ignore[attr-defined]
     if everyone is not None:
         return everyone(rows, mask)[..., :count, :]
     # Row i of `order` is receiver i's view: its own vector first.
-    total = rows.shape[-2]
     order = torch.tensor(
         [[i, *range(i), *range(i + 1, total)] for i in range(count)], device=rows.device
     )
     center = rows[..., :count, :]
     return method.aggregator(
-        rows[..., order, :], mask=mask.unsqueeze(-2).expand(*mask.shape[:-1], count, total),
+        rows[..., order, :], mask=heard.take_along_dim(order.expand(heard.shape), -1),
         center=center,
     )  # fmt: skip
 
@@ -95,7 +141,8 @@ class Adversary:
         if not self.omniscient:
             index = method.byzantine.index(peer.id)
             stack = own.expand(len(method.byzantine), own.shape[-1])
-            vector = craft(method, round, hop, stack[:0], stack)[index]
+            sides = [Sides((), method.byzantine)]
+            vector = craft([method], round, hop, sides, stack[None, :0], stack[None])[0, index]
             return dict.fromkeys(receivers, vector)
         self.offer(round, hop, peer.id, own)
         collected = self._of(round, hop)
@@ -138,7 +185,8 @@ class _Collected:
         if not self.honest:
             return own
         honest = torch.stack([self.vectors[p] for p in self.honest])
-        return craft(method, round, hop, honest, own)
+        sides = Sides(tuple(self.honest), tuple(self.order))
+        return craft([method], round, hop, [sides], honest[None], own[None])[0]
 
     def vectors_for(self, peer: int, receivers: Sequence[int], method: Method) -> dict[int, Vector]:
         index = self.order.index(peer)

@@ -25,3 +25,6 @@ class Aggregator(Protocol):
     # product; a receiver without a finite sender gets its center [..., receivers, dim], or zeros.
     # Optional: everyone(x [..., n, dim], mask [..., n]) -> [..., n, dim], all receivers of the
     # same rows at once: row i is self(x, mask=mask, center=x[..., i, :]) for each present i.
+    # Optional: among(x [..., n, dim], heard [..., n, n]) -> [..., n, dim], all receivers of a dense
+    # graph at once, each with the rows it has in hand: row i is self(x, mask=heard[..., i, :],
+    # center=x[..., i, :]). Engines use it in place of gathering [n, n, dim].

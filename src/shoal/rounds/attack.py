@@ -29,8 +29,8 @@ class View:
     own:    [..., byzantine, dim] what the Byzantine peers would have sent
     round:  which round
     rule:   for `Knowledge.ALL`: candidate [..., byzantine, dim] -> what the honest peers would
-            hold after aggregation, [..., honest, dim] (float); lets an attack search against
-            the defence in force
+            hold after aggregation of what they wait for, [..., honest, dim] (float); lets an
+            attack search against the defence in force
     """
 
     honest: Stack

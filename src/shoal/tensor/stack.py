@@ -37,6 +37,11 @@ def finite_rows(x: Stack) -> Mask:
     return torch.isfinite(x.amax(-1)) & torch.isfinite(x.amin(-1))
 
 
+def certain(flags: Mask) -> bool:
+    """Whether every flag is set; False where values cannot be looked at (the meta device)."""
+    return not flags.is_meta and bool(flags.all())
+
+
 def usable(x: Stack, mask: Mask) -> tuple[Stack, Mask]:
     """The stack with zeros in rows that do not count, and which rows do, bool [..., k].
 
@@ -179,11 +184,21 @@ def squared_distances(x: Stack, rows: Mask) -> Tensor:
     """
     if x.shape[-2] == 0:
         return x.new_zeros((*x.shape[:-1], 0), dtype=torch.float64)
-    plain = x.to(torch.promote_types(x.dtype, torch.float32))
-    rough = _from_gram(plain @ plain.mT)
-    square = _from_gram(_gram(x, _pivot(x, rows, rough)))
+    square = _from_gram(inner_products(x, rows))
     both = rows.unsqueeze(-1) & rows.unsqueeze(-2)
     return torch.where(both, square, float("nan"))
+
+
+def inner_products(x: Stack, rows: Mask) -> Tensor:
+    """Gram matrices float64 [..., k, k] of the rows around a row that has a majority near it.
+
+    Squared distances of weighted means follow without the rows themselves: with weights w of sum 1,
+    |x_i - sum_j w_j x_j|^2 = G_ii - 2 (G w)_i + w G w. Entries of rows that do not count have no
+    meaning.
+    """
+    plain = x.to(torch.promote_types(x.dtype, torch.float32))
+    rough = _from_gram(plain @ plain.mT)
+    return _gram(x, _pivot(x, rows, rough))
 
 
 def _gram(x: Stack, pivot: Vector) -> Tensor:

@@ -27,7 +27,7 @@ def check_aggregator(
     are absent, whatever they hold; rows that are not finite never enter as numbers; nobody present
     gives the center or zeros; permutation and translation equivariance (the latter unless the rule
     says `translation = False`); the bound `kappa` under `tolerates` arbitrary rows, where declared;
-    `everyone` and `mix` against plain calls, where offered; and a run on the meta device.
+    `everyone`, `among` and `mix` against plain calls, where offered; and a run on the meta device.
     rows: choose enough for the rule's settings to leave a choice (ties have no order to keep).
     """
     key = keyed.key_of(seed, "check_aggregator")
@@ -45,6 +45,8 @@ def check_aggregator(
         _check_breakdown(aggregator, rows, dim, trials, keyed.fold(key, "breakdown"))
     if hasattr(aggregator, "everyone"):
         _check_everyone(aggregator, x, mask)
+    if hasattr(aggregator, "among"):
+        _check_among(aggregator, x, key)
     if hasattr(aggregator, "mix"):
         _check_mix(aggregator, x, key)
     _check_meta(aggregator, x)
@@ -222,6 +224,23 @@ def _check_everyone(rule: Any, x: Stack, mask: Mask) -> None:
         one = rule(dirty, mask=mask, center=dirty[..., i, :])
         here = mask[:, i]
         _close(out[here, i], one[here], f"everyone differs from receiver {i}'s own call")
+
+
+def _check_among(rule: Any, x: Stack, key: Tensor) -> None:
+    rows = x.shape[-2]
+    draws = keyed.uniform(keyed.grid(keyed.grid(keyed.fold(key, "among"), rows), rows))
+    heard = (draws < 0.8) | torch.eye(rows, dtype=torch.bool, device=x.device)
+    dirty = x.clone()
+    dirty[1, 2, 0] = _NAN
+    for given in (x, dirty):
+        out = rule.among(given, heard)
+        assert out.shape == x.shape, f"aggregator: among gave shape {out.shape}"
+        for i in range(rows):
+            # As engines gather: the own row first.
+            order = torch.tensor([i, *range(i), *range(i + 1, rows)], device=x.device)
+            own = rule(given[..., order, :], mask=heard[i, order], center=given[..., i, :])
+            same = torch.isfinite(given[..., i, :]).all(-1)
+            _close(out[same, i], own[same], f"among differs from receiver {i}'s own call")
 
 
 def _check_mix(rule: Any, x: Stack, key: Tensor) -> None:

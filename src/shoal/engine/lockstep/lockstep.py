@@ -22,7 +22,7 @@ from shoal.engine.lockstep.traffic import Slots
 from shoal.engine.lockstep.world import World
 from shoal.rounds import method as phases
 from shoal.rounds.adapter import Model, Update
-from shoal.rounds.adversary import craft
+from shoal.rounds.adversary import Sides, craft
 from shoal.rounds.attack import Knowledge
 from shoal.rounds.measure import Measure
 from shoal.rounds.method import Method, Wave
@@ -315,24 +315,36 @@ class Lockstep:
             return current, []
         outgoing = current.clone()
         special: list[_Lies] = []
+        # Worlds with as many peers on each side search for their attack together.
+        groups: dict[tuple[int, int], list[tuple[World, Tensor, Tensor]]] = {}
         for world in self.worlds:
             honest, byzantine = world.sides()
-            if not len(byzantine):
-                continue
-            rows, fair = byzantine + world.offset, honest + world.offset
+            if len(byzantine):
+                alike = groups.setdefault((len(honest), len(byzantine)), [])
+                alike.append((world, honest, byzantine))
+        for (honest_count, _), group in groups.items():
+            fair = torch.stack([honest + world.offset for world, honest, _ in group])
+            rows = torch.stack([byzantine + world.offset for world, _, byzantine in group])
             made = current[rows]
-            if len(honest) or attack.knowledge is Knowledge.OWN:
-                method = replace(world.method, byzantine=tuple(byzantine.tolist()))
-                made = craft(method, round, hop, current[fair], current[rows])
+            if honest_count or attack.knowledge is Knowledge.OWN:
+                methods = [world.method for world, *_ in group]
+                sides = [Sides(tuple(h.tolist()), tuple(b.tolist())) for _, h, b in group]
+                made = craft(methods, round, hop, sides, current[fair], made)
             state, mine = tree.select(codec, rows), keys[rows]
-            if made.dim() == 3:
-                receivers = made.shape[0]
-                state = tree.map_tree(lambda leaf, n=receivers: leaf.expand(n, *leaf.shape), state)
-                mine = mine.expand(receivers, -1)
+            if made.dim() == 4:
+                receivers = made.shape[1]
+                state = tree.map_tree(
+                    lambda leaf, n=receivers: leaf.unsqueeze(1).expand(
+                        leaf.shape[0], n, *leaf.shape[1:]
+                    ),
+                    state,
+                )
+                mine = mine.unsqueeze(1).expand(-1, receivers, -1)
             _, _, seen = phases.encode(made, state, mine, self.shared, hop)
-            if seen.dim() == 3:
-                special.append(_Lies(fair, rows, seen))
-                seen = seen[0]
+            if seen.dim() == 4:
+                lies = zip(fair, rows, seen, strict=True)
+                special.extend(_Lies(*each) for each in lies)
+                seen = seen[:, 0]
             outgoing[rows] = seen
         return outgoing, special
 
@@ -373,18 +385,53 @@ class Lockstep:
             mixed = mix(_matrix(mesh, weights, self.total), current, own)
             heard = (weights > 0).any(-1, keepdim=True)
             return mixed if bool(heard.all()) else torch.where(heard, mixed, own)
+        among = getattr(rule, "among", None)
+        if among is not None and share is None and not special and self._dense(mesh):
+            return self._among(mesh, mask, current, outgoing, among)
+        every = torch.arange(len(mesh.receiver))
+        return self._gathered(mesh, every, mask, share, current, outgoing, special)
+
+    def _dense(self, mesh: _Mesh) -> bool:
+        """Whether each world is so dense that all receivers at once cost less than gathering."""
+        peers = self.first.peers
+        return len(mesh.receiver) == self.total and 2 * mesh.source.shape[1] > peers
+
+    def _among(
+        self, mesh: _Mesh, mask: Tensor, current: Tensor, outgoing: Tensor,
+        among: Callable[[Tensor, Tensor], Tensor],
+    ) -> Tensor:  # fmt: skip
+        """All receivers of a world in one call of the rule, without gathering their stacks."""
+        worlds, peers = len(self.worlds), self.first.peers
+        heard = torch.zeros(self.total, peers, dtype=torch.bool)
+        rows = torch.cat((mesh.receiver.unsqueeze(-1), mesh.source), -1)
+        receiver = mesh.receiver.unsqueeze(-1).expand(rows.shape)
+        heard[receiver[mask], rows[mask] % peers] = True
+        x = outgoing.view(worlds, peers, -1)
+        made = among(x, heard.view(worlds, peers, peers)).reshape(self.total, -1)
+        if outgoing is current:
+            return made
+        # Byzantine peers hear their own honest vector, whatever they told the others.
+        bad = torch.cat([torch.tensor(w.method.byzantine) + w.offset for w in self.worlds])
+        own = self._gathered(mesh, bad.to(torch.int64), mask, None, current, outgoing, [])
+        return made.index_copy(0, bad.to(torch.int64), own)
+
+    def _gathered(
+        self, mesh: _Mesh, places: Tensor, mask: Tensor, share: Tensor | None, current: Tensor,
+        outgoing: Tensor, special: list[_Lies],
+    ) -> Tensor:  # fmt: skip
+        """The rule on the stacks [receivers, k + 1, dim] of some receivers, in chunks."""
         slots = mask.shape[-1]
         step = max(1, self.settings.chunk_bytes // (4 * slots * current.shape[-1]))
         results = []
-        for i in range(0, len(mesh.receiver), step):
-            part = slice(i, i + step)
-            receiver = mesh.receiver[part]
+        for part in places.split(step):
+            receiver, source = mesh.receiver[part], mesh.source[part]
             own = current[receiver]
-            x = torch.cat((own.unsqueeze(1), outgoing[mesh.source[part]]), 1)
+            x = outgoing[torch.cat((receiver.unsqueeze(-1), source), -1)]
+            x[:, 0] = own
             for lies in special:
-                lies.tell(x, receiver, mesh.source[part])
+                lies.tell(x, receiver, source)
             weights = None if share is None else share[part]
-            results.append(rule(x, mask=mask[part], weight=weights, center=own))
+            results.append(self.first.aggregator(x, mask=mask[part], weight=weights, center=own))
         return torch.cat(results)
 
     def _conclude(self, work: _Work, codec: Any, heard: Heard, keys: Tensor, round: int) -> None:

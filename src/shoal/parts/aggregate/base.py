@@ -6,7 +6,8 @@ A rule in this folder is a frozen dataclass with
 - `centered`: True when it starts from the receiver's own vector,
 - `tolerates(rows)`: how many of `rows` received vectors, own included, may be arbitrary,
 - `kappa(rows)`: what that tolerance is worth, see `Robust`,
-- optionally `everyone(x, mask)`: all receivers at once, see `Everyone`, and `mix` (linear rules).
+- optionally `everyone(x, mask)`: all receivers at once, see `Everyone`; `among(x, heard)`: the
+  same with rows in hand that differ by receiver, see `Among`; and `mix` (linear rules).
 
 Non-finite rows: a rule that knows how many vectors are faulty counts them as the worst ones, so
 that they use up that number; the others treat them as absent.
@@ -52,6 +53,18 @@ class Everyone(Aggregator, Protocol):
     """
 
     def everyone(self, x: Stack, mask: Mask) -> Stack: ...
+
+
+class Among(Aggregator, Protocol):
+    """A rule that can serve all receivers of a dense graph at once, each with rows of its own.
+
+    `among(x [..., n, dim], heard [..., n, n])[..., i, :]` is `rule(x, mask=heard[..., i, :],
+    center=x[..., i, :])` for each receiver i that has its own row in hand; other rows of the result
+    have no meaning. The order of rows may settle ties only as it does in the plain call with the
+    own row put first.
+    """
+
+    def among(self, x: Stack, heard: Mask) -> Stack: ...
 
 
 def same_for_all(rule: Aggregator, x: Stack, mask: Mask) -> Stack:

@@ -11,11 +11,13 @@ from torch import Tensor
 from shoal.parts.aggregate.base import need_count, need_positive
 from shoal.parts.aggregate.median import middle
 from shoal.tensor.stack import (
+    certain,
     combine,
     distances_to,
     finite_rows,
     or_center,
     shares,
+    squared_distances,
     usable,
 )
 from shoal.tensor.types import Mask, Stack, Vector, Weight
@@ -54,15 +56,32 @@ class CenteredClipping:
         x, rows = usable(x, mask)
         share = shares(rows, weight)
         some = share.sum(-1) > 0
-        point = or_center(middle(x, rows), rows.any(-1), None)
-        if center is not None:
-            point = torch.where(finite_rows(center.unsqueeze(-2)), center.to(x.dtype), point)
+        there = None if center is None else finite_rows(center.unsqueeze(-2))
+        if center is not None and there is not None and certain(there):
+            point = center.to(x.dtype)
+        else:
+            point = or_center(middle(x, rows), rows.any(-1), None)
+            if center is not None:
+                point = torch.where(there, center.to(x.dtype), point)
         for _ in range(self.iterations):
             pull = share * self._clip(distances_to(x, rows, point))
             # Not x - point: that difference may overflow in a row whose pull is tiny.
             stay = (1 - pull.sum(-1, keepdim=True)).to(x.dtype)
             point = stay * point + combine(pull, x)
         return or_center(point, some, center)
+
+    def among(self, x: Stack, heard: Mask) -> Stack:
+        """All receivers: one Gram matrix has the distances of the first iteration."""
+        own = x
+        x, good = usable(x, torch.ones_like(x[..., 0], dtype=torch.bool))
+        heard = heard.expand(*good.shape, good.shape[-1])
+        if self.iterations > 1 or not certain(good):
+            # Later centers are no rows, and a center that is not finite needs a median.
+            seen = own.unsqueeze(-3).expand(*own.shape[:-1], *own.shape[-2:])
+            return self(seen, mask=heard, center=own)
+        pull = shares(heard) * self._clip(squared_distances(x, good).sqrt())
+        stay = (1 - pull.sum(-1, keepdim=True)).to(x.dtype)
+        return or_center(stay * x + pull.to(x.dtype) @ x, heard.any(-1), own)
 
     def _clip(self, apart: Tensor) -> Tensor:
         return (self.radius / apart.clamp(min=self.radius)).nan_to_num(nan=0.0)

@@ -6,10 +6,16 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
+from torch import Tensor
+
 from shoal.parts.aggregate.base import need_count, need_positive, same_for_all
 from shoal.parts.aggregate.median import middle
-from shoal.tensor.stack import combine, distances_to, or_center, shares, usable
+from shoal.tensor.stack import combine, distances_to, inner_products, or_center, shares, usable
 from shoal.tensor.types import Mask, Stack, Vector, Weight
+
+# Stacks of starts are made in parts of this size: n receivers of n rows never exist at once.
+_NUMBERS_AT_ONCE = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -43,17 +49,46 @@ class GeometricMedian:
         self, x: Stack, *, mask: Mask, weight: Weight | None = None, center: Vector | None = None
     ) -> Vector:
         x, rows = usable(x, mask)
-        some = rows.any(-1)
-        point = or_center(middle(x, rows), some, None)
-        for _ in range(self.iterations):
-            apart = distances_to(x, rows, point).clamp(min=self.smoothing)
-            pull = shares(rows, 1.0 / apart)
-            # All rows too far for float64: nothing pulls, and the point stays.
-            point = or_center(combine(pull, x), pull.sum(-1) > 0, point)
-        return or_center(point, some, center)
+        start = or_center(middle(x, rows), rows.any(-1), None)
+        pull = self._pull(distances_to(x, rows, start), inner_products(x, rows), rows)
+        # All rows too far for float64: nothing pulls, and the point stays.
+        point = or_center(combine(pull, x), pull.sum(-1) > 0, start)
+        return or_center(point, rows.any(-1), center)
 
     def everyone(self, x: Stack, mask: Mask) -> Stack:
         return same_for_all(self, x, mask)
+
+    def among(self, x: Stack, heard: Mask) -> Stack:
+        """All receivers: they share the Gram matrix; the starts are made some at a time."""
+        own = x
+        x, good = usable(x, torch.ones_like(x[..., 0], dtype=torch.bool))
+        rows = heard.expand(*good.shape, good.shape[-1]) & good.unsqueeze(-2)
+        inner = inner_products(x, good)
+        together = max(1, _NUMBERS_AT_ONCE // max(1, x.numel()))
+        points = []
+        for some in rows.split(together, -2):
+            seen = x.unsqueeze(-3).expand(*some.shape, x.shape[-1])
+            start = or_center(middle(seen, some), some.any(-1), None)
+            apart = distances_to(seen, some, start)
+            pull = self._pull(apart, inner.unsqueeze(-3), some)
+            points.append(or_center(pull.to(x.dtype) @ x, pull.sum(-1) > 0, start))
+        return or_center(torch.cat(points, -2), rows.any(-1), own)
+
+    def _pull(self, apart: Tensor, inner: Tensor, rows: Mask) -> Tensor:
+        """Weights of the rows [..., k] after all steps; apart: their distances to the start.
+
+        A weighted mean's distances come from inner products [..., k, k]: rows are read but once.
+        """
+        pull = shares(rows, 1.0 / apart.clamp(min=self.smoothing))
+        inner = torch.where(rows.unsqueeze(-1) & rows.unsqueeze(-2), inner, 0.0)
+        norm = inner.diagonal(dim1=-2, dim2=-1)
+        for _ in range(self.iterations - 1):
+            along = (inner @ pull.unsqueeze(-1)).squeeze(-1)
+            size = (along * pull).sum(-1, keepdim=True)
+            apart = (norm - 2 * along + size).clamp(min=0).sqrt().nan_to_num(nan=math.inf)
+            step = shares(rows, 1.0 / apart.clamp(min=self.smoothing))
+            pull = torch.where(step.sum(-1, keepdim=True) > 0, step, pull)
+        return pull
 
     def tolerates(self, rows: int) -> int:
         return max(0, (rows - 1) // 2)

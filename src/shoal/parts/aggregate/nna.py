@@ -72,13 +72,18 @@ class NNA:
 
     def everyone(self, x: Stack, mask: Mask) -> Stack:
         """One Gram matrix serves all pivots, one product with 0/1 rows all means."""
+        return self.among(x, mask.unsqueeze(-2).expand(*mask.shape, mask.shape[-1]))
+
+    def among(self, x: Stack, heard: Mask) -> Stack:
+        """The same with other rows in hand at each receiver."""
         own = x
-        x, rows = usable(x, mask)
-        square = pivoted(squared_distances(x, rows), rows)
-        keep = self._keep(mask.expand(rows.shape)).unsqueeze(-1).expand(rows.shape)
-        kept = nearest(square, keep).to(x.dtype)
+        x, good = usable(x, torch.ones_like(x[..., 0], dtype=torch.bool))
+        heard = heard.expand(*good.shape, good.shape[-1])
+        rows = heard & good.unsqueeze(-2)
+        square = pivoted(squared_distances(x, heard.any(-2) & good), rows)
+        kept = nearest(square, self._keep(heard)).to(x.dtype)
         mean = (kept / kept.sum(-1, keepdim=True).clamp(min=1)) @ x
-        return or_center(mean, rows.any(-1, keepdim=True).expand(rows.shape), own)
+        return or_center(mean, rows.any(-1), own)
 
     def _keep(self, mask: Mask) -> Tensor:
         received = mask.sum(-1)
@@ -102,15 +107,17 @@ class NNA:
 def pivoted(square: Tensor, rows: Mask) -> Tensor:
     """Distances [..., n, n] from every row to every row, each row's own place before all others.
 
+    rows: [..., n, n], which rows count for the pivot of each line; the others become NaN.
     A rounded distance could otherwise put a near-copy with a lower index ahead of the row itself.
     A row that does not count has no distances of its own: it takes those of the first that counts.
     """
     count = rows.shape[-1]
     place = torch.arange(count, device=square.device)
-    first = rows.to(torch.int64).argmax(-1, keepdim=True) if count else place
-    pivot = torch.where(rows, place, first)
+    first = rows.to(torch.int64).argmax(-1) if count else place
+    pivot = torch.where(rows.diagonal(dim1=-2, dim2=-1), place, first)
     square = square.take_along_dim(pivot.unsqueeze(-1), -2)
-    own = (pivot.unsqueeze(-1) == place) & rows.unsqueeze(-2)
+    square = torch.where(rows, square, float("nan"))
+    own = (pivot.unsqueeze(-1) == place) & rows
     return torch.where(own, torch.full((), -1.0, dtype=square.dtype, device=square.device), square)
 
 

@@ -69,7 +69,8 @@ class NNM:
         """The means [..., k, dim], NaN for rows that are absent or not finite."""
         x, rows = usable(x, mask)
         keep = (mask.expand(rows.shape).sum(-1) - self.byzantine).clamp(min=1)
-        square = pivoted(squared_distances(x, rows), rows)
+        both = rows.unsqueeze(-1) & rows.unsqueeze(-2)
+        square = pivoted(squared_distances(x, rows), both)
         kept = nearest(square, keep.unsqueeze(-1).expand(rows.shape)).to(x.dtype)
         mean = (kept / kept.sum(-1, keepdim=True).clamp(min=1)) @ x
         nothing = torch.full((), float("nan"), dtype=x.dtype, device=x.device)
