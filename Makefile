@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: run test check setup clean
+.PHONY: run test check rota setup clean
 run: $(STAMP)
 	$(BIN)/shoal run examples/first_comparison.toml
 
@@ -13,6 +13,9 @@ test: $(STAMP)
 
 check: $(STAMP)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
+
+rota: $(STAMP)
+	$(BIN)/python scripts/rota.py
 
 setup: $(STAMP)
 
