@@ -25,5 +25,17 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[data,dev]"
 	touch $(STAMP)
 
+pages: $(STAMP)
+	$(BIN)/python -m shoal.lab.pages
+
+# The picture in the README: the report of `make run`, or REPORT=file.html. Needs Debian's chromium.
+REPORT ?= .shoal/reports/first-comparison.html
+PICTURE := docs/report.png
+picture: $(STAMP)
+	chromium --headless --no-sandbox --disable-gpu --hide-scrollbars --window-size=1200,1500 \
+	  --screenshot=$(PICTURE) file://$(abspath $(REPORT))
+	$(BIN)/python -c "from PIL import Image; p = '$(PICTURE)'; \
+	  Image.open(p).convert('RGB').quantize(96).save(p, optimize=True)"
+
 clean:
 	rm -rf $(VENV) build dist .shoal
