@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from typing import Any, Protocol
 
 import torch
@@ -33,6 +33,34 @@ class Local:
 
     def run(self, function: Callable[..., Any], batches: Sequence[tuple[Any, ...]]) -> list[Any]:
         return [function(*batch) for batch in batches]
+
+
+class Threads:
+    """Threads of this process: torch lets go of the interpreter while it computes.
+
+    Nothing is copied or pickled, so this is the faster way for batches whose calls take longer
+    than some ten microseconds each. One intra-op thread each, or they would fight for the cores:
+    set `torch.set_num_threads(1)`. Results are bit-equal to `Local` for equal batches.
+    """
+
+    def __init__(self, workers: int | None = None) -> None:
+        self.workers = workers or os.cpu_count() or 1
+        self._pool = ThreadPoolExecutor(self.workers)
+
+    def run(self, function: Callable[..., Any], batches: Sequence[tuple[Any, ...]]) -> list[Any]:
+        if len(batches) == 1:
+            return [function(*batches[0])]
+        futures = [self._pool.submit(function, *batch) for batch in batches]
+        return [future.result() for future in futures]
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def __enter__(self) -> Threads:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 class Processes:

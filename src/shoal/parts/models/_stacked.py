@@ -34,6 +34,10 @@ class Stacked:
     sequence_out: bool
     _programs: threading.local = field(default_factory=threading.local, repr=False)
 
+    def __reduce__(self) -> tuple[object, ...]:
+        # Bound programs are buffers of one thread; another process makes its own.
+        return Stacked, (self.spec, self.layers, self.numbers, self.sequence_out)
+
     def forward(self, params: Tensor, x: Tensor) -> Tensor:
         """params [rows, dim], x [rows or 1, batch, *] -> output [rows, batch, *]."""
         bound = self._bound(params, x, params.shape[0], training=False)
