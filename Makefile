@@ -32,7 +32,7 @@ pages: $(STAMP)
 REPORT ?= .shoal/reports/first-comparison.html
 PICTURE := docs/report.png
 picture: $(STAMP)
-	chromium --headless --no-sandbox --disable-gpu --hide-scrollbars --window-size=1200,1500 \
+	chromium --headless --no-sandbox --disable-gpu --hide-scrollbars --window-size=1200,890 \
 	  --screenshot=$(PICTURE) file://$(abspath $(REPORT))
 	$(BIN)/python -c "from PIL import Image; p = '$(PICTURE)'; \
 	  Image.open(p).convert('RGB').quantize(96).save(p, optimize=True)"

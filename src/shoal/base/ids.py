@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NewType
 
 PeerId = NewType("PeerId", int)
-"""Dense 0..n-1 in simulation and under `shoal up`; 63 bits of a key's fingerprint elsewhere."""
+"""A peer's number, 0..n-1: its row in everything that is stacked over peers."""
 
 Tag = tuple[int | str, ...]
 """What distinguishes messages of one kind, such as `(round,)`; compared lexicographically."""
