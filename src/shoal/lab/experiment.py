@@ -36,12 +36,17 @@ class Tick:
 
 @dataclass
 class Experiment:
-    """A comparison.
+    """A comparison; `run()` gives a `Report`.
 
     arms: by name; each an `Arm`, a system's name, or a live Strategy or Program.
     seeds: a count (from the scenario's seed upwards) or the seeds themselves.
     overrides: settings of the scenario or of what the arms make, for every arm; `arm.key` for one.
     grid: key -> values; every combination is tried in every arm. budget: what claims are held to.
+
+    >>> world = Scenario(peers=4, rounds=2, task="digits", topology="ring")
+    >>> report = Experiment({"ring": "dpsgd", "nobody": "local-only"}, world, seeds=2).run()
+    >>> report.arms, report.seeds, report.cell("nobody", seed=1).totals["bytes_sent"]
+    (('ring', 'nobody'), (0, 1), 0.0)
     """
 
     arms: Mapping[str, Any]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import itertools
 import re
 import textwrap
 from collections.abc import Iterator
@@ -269,12 +270,9 @@ def _class(node: ast.ClassDef, lines: list[str], methods: bool) -> list[str]:
             out += [*comments, *piece]
             spaced = long or statement is node.body[0]
     # Comments after the last statement state optional promises.
-    for line in lines[last:]:
-        if line.strip() and not line.startswith("    "):
-            break
-        if _is_comment(line):
-            out.append(line)
-    return out
+    inside = itertools.takewhile(lambda line: not line.strip() or line[0] == " ", lines[last:])
+    promises = [line for line in inside if _is_comment(line)]
+    return out + ([""] if promises else []) + promises
 
 
 def _start(node: ast.stmt) -> int:
@@ -294,7 +292,9 @@ def _member(statement: ast.stmt, lines: list[str], methods: bool) -> list[str]:
         return [] if private or not methods else _function(statement, lines)
     if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
         name = statement.target.id
-        return [] if name.startswith("_") or name == "examples" else _lines_of(statement, lines)
+        constant = not methods and "ClassVar" in ast.unparse(statement.annotation)
+        hidden = constant or name.startswith("_") or name == "examples"
+        return [] if hidden else _lines_of(statement, lines)
     if isinstance(statement, ast.Assign):
         target = statement.targets[0]
         named = isinstance(target, ast.Name) and not target.id.startswith("_")

@@ -48,7 +48,12 @@ class Summary:
 
 @dataclass
 class Report:
-    """The outcome of an experiment. `save` writes .json, .html, .md and .csv beside each other."""
+    """The outcome of an experiment. `save` writes .json, .html, .md and .csv beside each other.
+
+    cells: one per arm and seed, with its curves, totals and faults; `cell(arm, seed)` finds one.
+    `summary()` has medians over the seeds, `rows()` the last value of everything, `params(arm)` a
+    trained model. In a notebook a report shows itself.
+    """
 
     title: str
     system: str | None
