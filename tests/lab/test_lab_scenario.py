@@ -254,3 +254,9 @@ def test_set_values_are_typed_by_the_field() -> None:
         typed("peers", "many")
     with pytest.raises(UsageError, match="need key=value"):
         parse_settings(["peers"])
+
+
+def test_engine_settings_may_be_a_table() -> None:
+    assert Scenario(engine={"strict": True}).engine == EngineSettings(strict=True)
+    with pytest.raises(UsageError, match=r"engine\.strikt = True; there is no such setting"):
+        Scenario(engine={"strikt": True})

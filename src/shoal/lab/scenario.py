@@ -108,6 +108,10 @@ class Scenario:
             elif isinstance(value, Mapping):
                 settings = {key: v for key, v in value.items() if key != "name"}
                 object.__setattr__(self, name, Part(value.get("name", role), settings))
+        engine = self.engine
+        if isinstance(engine, Mapping):
+            object.__setattr__(self, "engine", EngineSettings())
+            object.__setattr__(self, "engine", self._read("engine", engine, _owner))
         if not isinstance(self.byzantine, int):
             object.__setattr__(self, "byzantine", tuple(sorted(set(self.byzantine))))
         faults = tuple(read_fault(f, _owner, ("faults", i)) for i, f in enumerate(self.faults))
