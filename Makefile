@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: run test check rota setup clean
+.PHONY: run test check rota setup pages picture clean
 run: $(STAMP)
 	$(BIN)/shoal run examples/first_comparison.toml
 
