@@ -29,7 +29,7 @@ from shoal.parts.attack.gaussian import Gaussian
 from shoal.parts.attack.inner_product import InnerProduct
 from shoal.rounds.attack import View
 from shoal.tensor import keyed
-from shoal.tensor.stack import distances_to, masked_sort, nearest, squared_distances
+from shoal.tensor.stack import distances_to, nearest, ordered_mean, squared_distances
 
 
 def here(x: torch.Tensor) -> torch.Tensor:
@@ -292,15 +292,24 @@ def test_the_mean_does_not_contract_the_honest_mean() -> None:
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 140), st.integers(1, 5), st.integers(0, 2**31))
-def test_masked_sort_is_a_sort_of_the_rows_that_count(count: int, dim: int, seed: int) -> None:
+def test_ordered_mean_finds_every_place_among_the_rows_that_count(
+    count: int, dim: int, seed: int
+) -> None:
     random = np.random.default_rng(seed)
     x = random.integers(-5, 5, size=(2, count, dim)).astype(np.float32)
     rows = random.random((2, count)) < 0.7
-    out = masked_sort(torch.tensor(x), torch.tensor(rows)).numpy()
+    places = torch.eye(count).unsqueeze(1)  # one place at a time: a leading axis that x lacks
+    out = ordered_mean(torch.tensor(x), torch.tensor(rows).expand(count, 2, count), places).numpy()
     for world in range(2):
         expected = np.sort(x[world][rows[world]], axis=0)
-        np.testing.assert_array_equal(out[world, : len(expected)], expected)
-        assert np.isposinf(out[world, len(expected) :]).all()
+        np.testing.assert_array_equal(out[: len(expected), world], expected)
+        assert np.isposinf(out[len(expected) :, world]).all()
+    halves = (torch.arange(count) < 2).to(torch.float64)
+    if rows.sum(-1).min() >= 2:
+        pair = ordered_mean(torch.tensor(x), torch.tensor(rows), halves).numpy()
+        for world in range(2):
+            two = np.sort(x[world][rows[world]], axis=0)[:2]
+            np.testing.assert_allclose(pair[world], two.mean(0))
 
 
 @pytest.mark.parametrize("dim", [1, 7, 300, 70_000])

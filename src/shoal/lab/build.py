@@ -35,7 +35,7 @@ def build(scenario: Scenario) -> Pieces:
     """Make every part of a scenario.
 
     Settings that a part has but the scenario left out are filled in from the scenario where the
-    meaning is the same: `peers`, `seed`, `topology`, and `byzantine` as a count.
+    meaning is the same (see `surroundings`), and the topology.
     """
     if scenario.rounds is None and scenario.seconds is None:
         raise UsageError(
@@ -44,8 +44,7 @@ def build(scenario: Scenario) -> Pieces:
         )
     made: dict[str, Any] = {}
     byzantine = scenario.byzantine_peers()
-    around = {"peers": scenario.peers, "seed": scenario.seed, "byzantine": len(byzantine)}
-    around["device"] = scenario.engine.device
+    around = surroundings(scenario)
     for field in ROLES:
         value = getattr(scenario, field)
         if isinstance(value, Part):
@@ -55,6 +54,16 @@ def build(scenario: Scenario) -> Pieces:
             around["topology"] = value
     faults = tuple(fault.explicit() for fault in scenario.explicit_faults())
     return Pieces(**made, byzantine=byzantine, faults=faults)
+
+
+def surroundings(scenario: Scenario) -> dict[str, Any]:
+    """What parts may take from their scenario: `peers`, `seed`, `device`, how many peers are
+    Byzantine (`byzantine`) and which (`faulty`)."""
+    faulty = scenario.byzantine_peers()
+    return {
+        "peers": scenario.peers, "seed": scenario.seed, "device": scenario.engine.device,
+        "byzantine": len(faulty), "faulty": faulty,
+    }  # fmt: skip
 
 
 def make(field: str, part: Part, around: Mapping[str, Any], where: Where | None = None) -> Any:
@@ -106,7 +115,7 @@ def _find(field: str, name: str, where: Where | None) -> tuple[Any, type[Any]]:
         raise UsageError(f"{place}: {field}: {error}") from None
 
 
-def _find_world(role: str, name: str) -> tuple[Any, type[Any]]:
+def world_parts(role: str) -> dict[str, Any]:
     """Links and devices: dataclasses by class name, presets by the name of their function."""
     module = importlib.import_module(f"shoal.world.{role}")
     known: dict[str, Any] = {}
@@ -117,6 +126,11 @@ def _find_world(role: str, name: str) -> tuple[Any, type[Any]]:
             known[key.lower()] = value
         elif callable(value) and not isinstance(value, type) and _is_preset(value):
             known[key] = value
+    return known
+
+
+def _find_world(role: str, name: str) -> tuple[Any, type[Any]]:
+    known = world_parts(role)
     found = known.get(name)
     if found is None:
         raise UsageError(f"no {role} named {name!r} ({near(name, known)})")
@@ -149,8 +163,7 @@ def check(scenario: Scenario, where: Where | None = None) -> None:
 
     The task is checked but not made, since that may load a data set.
     """
-    around: dict[str, Any] = {"peers": scenario.peers, "seed": scenario.seed}
-    around["byzantine"] = len(scenario.byzantine_peers())
+    around = surroundings(scenario)
     for field in ROLES:
         part = getattr(scenario, field)
         if not isinstance(part, Part):

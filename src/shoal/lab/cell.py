@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from shoal.base.digest import bytes_digest
 from shoal.base.errors import UsageError
 from shoal.lab import discover
+from shoal.lab.build import surroundings
 from shoal.lab.card import Arm, System
 from shoal.lab.environment import code_digest, version
 from shoal.lab.scenario import Scenario, is_scenario_key, typed
@@ -226,6 +227,10 @@ def _make(cell: Cell) -> Run | tuple[Any, Scenario]:
     assert cell.system is not None
     card = discover.load(cell.system)
     settings = check_settings(card, dict(cell.settings))
+    if card.kind == "part":
+        hints = setting_hints(card)
+        around = {k: v for k, v in surroundings(scenario).items() if k in hints}
+        settings = {**around, **settings}
     if card.make is None:
         raise UsageError(f"{card.name}: it makes nothing itself; run one of its arms")
     if card.kind == "study":

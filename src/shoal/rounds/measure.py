@@ -1,8 +1,9 @@
 """What is measured about the peers' models: the same numbers from every engine.
 
 Per peer: the task's own metrics (`accuracy`, `loss`). Over all honest peers that reported for a
-round, with peer -1: `consensus` (mean squared distance to the mean model, [dim] not averaged) and
-the metrics of the mean model as `mean_model_accuracy`, `mean_model_loss`.
+round, with peer -1: `consensus` (mean squared distance to the mean model, [dim] not averaged),
+`drift` (distance of the farthest peer to the mean model) and the metrics of the mean model as
+`mean_model_accuracy`, `mean_model_loss`.
 """
 
 from __future__ import annotations
@@ -80,8 +81,9 @@ class Measure:
         ).to(stack.dtype)
         mean = (counts.unsqueeze(-1) * stack).sum(0) / len(peers)
         last = max(time_s for time_s, _ in group.values())
-        spread = (((stack - mean) ** 2).sum(-1) * counts).sum() / len(peers)
-        self._rows.append(Row("consensus", float(spread), last, round))
+        apart = ((stack - mean) ** 2).sum(-1)
+        self._rows.append(Row("consensus", float((apart * counts).sum() / len(peers)), last, round))
+        self._rows.append(Row("drift", float(apart.max().sqrt()), last, round))
         for name, value in self._task.evaluate(mean).items():
             self._rows.append(Row(f"mean_model_{name}", float(value), last, round))
         chosen = [p for p in peers if p in self._chosen]

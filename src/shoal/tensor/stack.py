@@ -100,37 +100,47 @@ def first_usable(x: Stack, rows: Mask) -> Vector:
     return combine(first, x)
 
 
-def masked_sort(x: Stack, rows: Mask) -> Stack:
-    """Each coordinate ascending over the rows that count; the other places hold +inf, at the end.
+def ordered_mean(x: Stack, rows: Mask, weight: Weight) -> Vector:
+    """Weighted mean over places, of each coordinate's values in ascending order.
 
-    >>> x = torch.tensor([[3.0], [1.0], [2.0]])
-    >>> masked_sort(x, torch.tensor([True, True, False])).flatten().tolist()
-    [1.0, 3.0, inf]
+    weight: [..., k], of the value at each place; places without weight do not enter, whatever they
+    hold. Leading axes of x may be missing or 1 where rows has more: receivers of the same rows need
+    no copies of them.
+
+    >>> x = torch.tensor([[3.0], [1.0], [2.0], [9.0]])
+    >>> here = torch.ones(4, dtype=torch.bool)
+    >>> ordered_mean(x, here, torch.tensor([0.0, 1.0, 1.0, 0.0]))
+    tensor([2.5000])
     """
-    # Absent rows become +inf first: as zeros they would take the place of honest ones.
-    full = torch.full((), float("inf"), dtype=x.dtype, device=x.device)
-    x = torch.where(rows.unsqueeze(-1), x, full)
     count, dim = x.shape[-2:]
+    lead = torch.broadcast_shapes(x.shape[:-2], rows.shape[:-1])
+    weight = shares(weight > 0, weight).to(x.dtype).unsqueeze(-1)
+    full = torch.full((), float("inf"), dtype=x.dtype, device=x.device)
+    zero = torch.zeros((), dtype=x.dtype, device=x.device)
     if count > _NETWORK_ROWS:
-        return x.sort(-2).values
-    if count < 2 or x.numel() == 0:
-        return x
-    # A comparator works on three rows of this width over all leading axes.
-    width = max(64, _CHUNK * count * dim // (4 * x.numel()))
-    out = torch.empty_like(x)
+        ordered = torch.where(rows.unsqueeze(-1), x, full).expand(*lead, count, dim).sort(-2).values
+        return (torch.where(weight > 0, ordered, zero) * weight).sum(-2)
+    out = torch.zeros(*lead, dim, dtype=x.dtype, device=x.device)
+    width = max(64, _CHUNK * dim // max(1, 4 * out.numel()))
     for source, target in zip(x.split(width, -1), out.split(width, -1), strict=True):
-        _sort_rows(source, target)
+        here = rows.unsqueeze(-1)
+        row = [torch.where(here[..., i, :], source[..., i, :], full) for i in range(count)]
+        _sort_rows(row)
+        for i, values in enumerate(row):
+            share = weight[..., i, :]
+            target += torch.where(share > 0, values, zero) * share
     return out
 
 
-def _sort_rows(x: Stack, out: Stack) -> None:
-    row = [part.clone() for part in x.unbind(-2)]
+def _sort_rows(row: list[Tensor]) -> None:
+    """Put tensors of one shape into ascending order, entry by entry, in place."""
+    if len(row) < 2:
+        return
     spare = torch.empty_like(row[0])
     for low, high in _network(len(row)):
         torch.minimum(row[low], row[high], out=spare)
         torch.maximum(row[low], row[high], out=row[high])
         row[low], spare = spare, row[low]
-    torch.stack(row, -2, out=out) if out.is_contiguous() else out.copy_(torch.stack(row, -2))
 
 
 @cache
@@ -196,9 +206,7 @@ def inner_products(x: Stack, rows: Mask) -> Tensor:
     |x_i - sum_j w_j x_j|^2 = G_ii - 2 (G w)_i + w G w. Entries of rows that do not count have no
     meaning.
     """
-    plain = x.to(torch.promote_types(x.dtype, torch.float32))
-    rough = _from_gram(plain @ plain.mT)
-    return _gram(x, _pivot(x, rows, rough))
+    return _gram(x, majority_row(x, rows))
 
 
 def _gram(x: Stack, pivot: Vector) -> Tensor:
@@ -216,8 +224,10 @@ def _from_gram(inner: Tensor) -> Tensor:
     return torch.where(same, torch.zeros_like(square), square)
 
 
-def _pivot(x: Stack, rows: Mask, square: Tensor) -> Vector:
+def majority_row(x: Stack, rows: Mask) -> Vector:
     """A row within whose reach lies a majority at the smallest radius: never a lone outlier."""
+    plain = x.to(torch.promote_types(x.dtype, torch.float32))
+    square = _from_gram(plain @ plain.mT)
     far = torch.where(rows.unsqueeze(-2), square, float("inf")).sort(-1).values
     half = (rows.sum(-1) // 2).clamp(max=x.shape[-2] - 1)
     radius = far.take_along_dim(half[..., None, None], -1).squeeze(-1)

@@ -11,11 +11,16 @@ from torch import Tensor
 
 from shoal.parts.aggregate.base import need_count, need_positive, same_for_all
 from shoal.parts.aggregate.median import middle
-from shoal.tensor.stack import combine, distances_to, inner_products, or_center, shares, usable
+from shoal.tensor.stack import (
+    combine,
+    distances_to,
+    inner_products,
+    majority_row,
+    or_center,
+    shares,
+    usable,
+)
 from shoal.tensor.types import Mask, Stack, Vector, Weight
-
-# Stacks of starts are made in parts of this size: n receivers of n rows never exist at once.
-_NUMBERS_AT_ONCE = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -59,20 +64,21 @@ class GeometricMedian:
         return same_for_all(self, x, mask)
 
     def among(self, x: Stack, heard: Mask) -> Stack:
-        """All receivers: they share the Gram matrix; the starts are made some at a time."""
+        """All receivers: distances to their starts and between rows are inner products."""
         own = x
         x, good = usable(x, torch.ones_like(x[..., 0], dtype=torch.bool))
         rows = heard.expand(*good.shape, good.shape[-1]) & good.unsqueeze(-2)
-        inner = inner_products(x, good)
-        together = max(1, _NUMBERS_AT_ONCE // max(1, x.numel()))
-        points = []
-        for some in rows.split(together, -2):
-            seen = x.unsqueeze(-3).expand(*some.shape, x.shape[-1])
-            start = or_center(middle(seen, some), some.any(-1), None)
-            apart = distances_to(seen, some, start)
-            pull = self._pull(apart, inner.unsqueeze(-3), some)
-            points.append(or_center(pull.to(x.dtype) @ x, pull.sum(-1) > 0, start))
-        return or_center(torch.cat(points, -2), rows.any(-1), own)
+        start = middle(x.unsqueeze(-3), rows)
+        pivot = majority_row(x, good).unsqueeze(-2).to(torch.float64)
+        near, begin = x - pivot, start - pivot
+        inner = near @ near.mT
+        square = (near.square().sum(-1).unsqueeze(-2) - 2 * begin @ near.mT).add_(
+            begin.square().sum(-1, keepdim=True)
+        )
+        apart = square.nan_to_num(nan=math.inf).clamp(min=0).sqrt()
+        pull = self._pull(apart, inner.unsqueeze(-3), rows)
+        points = or_center(pull.to(x.dtype) @ x, pull.sum(-1) > 0, start)
+        return or_center(points, rows.any(-1), own)
 
     def _pull(self, apart: Tensor, inner: Tensor, rows: Mask) -> Tensor:
         """Weights of the rows [..., k] after all steps; apart: their distances to the start.

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
+
 from shoal.parts.aggregate.base import same_for_all
-from shoal.tensor.stack import masked_sort, or_center, usable
+from shoal.tensor.stack import or_center, ordered_mean, usable
 from shoal.tensor.types import Mask, Stack, Vector, Weight
 
 
@@ -18,7 +20,6 @@ class Median:
     the rows are arbitrary; far from the mean when honest rows differ much (kappa does not vanish
     with fewer faults). Source: Yin et al. 2018, definition 1 (arXiv 1803.01498).
 
-    >>> import torch
     >>> x = torch.tensor([[0.0], [1.0], [9.0]])
     >>> Median()(x, mask=torch.ones(3, dtype=torch.bool))
     tensor([1.])
@@ -36,6 +37,13 @@ class Median:
     def everyone(self, x: Stack, mask: Mask) -> Stack:
         return same_for_all(self, x, mask)
 
+    def among(self, x: Stack, heard: Mask) -> Stack:
+        """All receivers, without a copy of the rows for each."""
+        own = x
+        x, good = usable(x, torch.ones_like(x[..., 0], dtype=torch.bool))
+        rows = heard.expand(*good.shape, good.shape[-1]) & good.unsqueeze(-2)
+        return or_center(middle(x.unsqueeze(-3), rows), rows.any(-1), own)
+
     def tolerates(self, rows: int) -> int:
         return max(0, (rows - 1) // 2)
 
@@ -49,15 +57,10 @@ class Median:
 
 
 def middle(x: Stack, rows: Mask) -> Vector:
-    """Coordinate-wise median of the rows that count; x as `usable` returns it.
-
-    Infinite when no row counts: the caller decides what that means.
+    """Coordinate-wise median of the rows that count; x as `usable` returns it, rows [..., k] may
+    have more leading axes. Zeros when no row counts.
     """
-    if x.shape[-2] == 0:
-        return x.new_zeros((*x.shape[:-2], x.shape[-1]))
-    ordered = masked_sort(x, rows)
-    count = rows.sum(-1)[..., None, None]
-    low = ordered.take_along_dim(((count - 1) // 2).clamp(min=0), -2).squeeze(-2)
-    high = ordered.take_along_dim((count // 2).clamp(max=x.shape[-2] - 1), -2).squeeze(-2)
-    # Half of each, since the sum of two large numbers may overflow.
-    return 0.5 * low + 0.5 * high
+    count = rows.sum(-1, keepdim=True)
+    place = torch.arange(x.shape[-2], device=x.device)
+    chosen = (place == (count - 1) // 2) | (place == count // 2)
+    return ordered_mean(x, rows, (chosen & (count > 0)).to(torch.float64))

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 
 from shoal.parts.aggregate.base import need_count, same_for_all
-from shoal.tensor.stack import masked_mean, masked_sort, or_center, usable
+from shoal.tensor.stack import or_center, ordered_mean, usable
 from shoal.tensor.types import Mask, Stack, Vector, Weight
 
 
@@ -37,16 +37,24 @@ class TrimmedMean:
         self, x: Stack, *, mask: Mask, weight: Weight | None = None, center: Vector | None = None
     ) -> Vector:
         x, rows = usable(x, mask)
+        return or_center(self._mean(x, rows), rows.any(-1), center)
+
+    def everyone(self, x: Stack, mask: Mask) -> Stack:
+        return same_for_all(self, x, mask)
+
+    def among(self, x: Stack, heard: Mask) -> Stack:
+        """All receivers, without a copy of the rows for each."""
+        own = x
+        x, good = usable(x, torch.ones_like(x[..., 0], dtype=torch.bool))
+        rows = heard.expand(*good.shape, good.shape[-1]) & good.unsqueeze(-2)
+        return or_center(self._mean(x.unsqueeze(-3), rows), rows.any(-1), own)
+
+    def _mean(self, x: Stack, rows: Mask) -> Vector:
         count = rows.sum(-1, keepdim=True)
         trim = ((count - 1) // 2).clamp(min=0, max=self.trim)
         place = torch.arange(x.shape[-2], device=x.device)
         kept = (place >= trim) & (place < count - trim)
-        ordered = masked_sort(x, rows)
-        ordered = torch.where(kept.unsqueeze(-1), ordered, torch.zeros_like(ordered[..., :1, :1]))
-        return or_center(masked_mean(ordered, kept), rows.any(-1), center)
-
-    def everyone(self, x: Stack, mask: Mask) -> Stack:
-        return same_for_all(self, x, mask)
+        return ordered_mean(x, rows, kept.to(torch.float64))
 
     def tolerates(self, rows: int) -> int:
         return max(0, min(self.trim, (rows - 1) // 2))

@@ -1,0 +1,1 @@
+"""Learning while some peers lie or vanish."""
