@@ -1,0 +1,1 @@
+"""Learning together without a server that everything depends on."""
