@@ -75,11 +75,12 @@ def test_own_module_and_tensors_are_the_same_on_three_engines(workspace: Path) -
     page = "docs/own-model-and-data.md"
     module = module_of(script(page, 0, 2), name_of(page), workspace)
     world = shoal.Scenario(
-        peers=module.PEERS, rounds=4, task=module.task, topology="ring", links="home", round_s=20.0
-    )
+        peers=module.PEERS, rounds=3, task=module.task, links="home", round_s=20.0,
+        topology={"name": "random_regular", "degree": 4},
+    )  # fmt: skip
     agree(shoal.Arm("dpsgd", set={"lr": 0.5, "epochs": 1}), world)
     # It learns what no line can separate: every peer beats a linear model of all the data.
-    longer = world.with_settings({"rounds": 30, "eval_every": 30})
+    longer = world.with_settings({"rounds": 20, "eval_every": 20})
     run = shoal.run(shoal.Arm("dpsgd", set={"lr": 0.5, "epochs": 1}), longer)
     linear = LogisticRegression().fit(*module.train).score(*module.test)
     assert min(row.value for row in run.series("accuracy")) > linear + 0.05

@@ -12,6 +12,7 @@ import itertools
 import re
 import textwrap
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -186,7 +187,7 @@ def _error_tree() -> list[str]:
 def signature(text: str, name: str, *, methods: bool = True) -> list[str]:
     """The lines of a class, function or constant of a module's text, without bodies."""
     lines, found = text.split("\n"), None
-    for node in ast.parse(text).body:
+    for node in _parsed(text).body:
         if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and node.name == name:
             found = node  # of several overloads the last one is the implementation
         elif isinstance(node, (ast.Assign, ast.AnnAssign)):
@@ -200,9 +201,14 @@ def signature(text: str, name: str, *, methods: bool = True) -> list[str]:
     return _class(found, lines, methods)
 
 
+@lru_cache(maxsize=64)
+def _parsed(text: str) -> ast.Module:
+    return ast.parse(text)
+
+
 def _note_after(text: str, node: ast.stmt) -> list[str]:
     """The string below a constant that says what it is."""
-    body = ast.parse(text).body
+    body = _parsed(text).body
     place = next(i for i, each in enumerate(body) if each.lineno == node.lineno)
     following = body[place + 1] if place + 1 < len(body) else None
     return _lines_of(following, text.split("\n")) if _is_text(following) else []
