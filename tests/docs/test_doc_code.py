@@ -80,7 +80,7 @@ def test_own_module_and_tensors_are_the_same_on_three_engines(workspace: Path) -
     )  # fmt: skip
     agree(shoal.Arm("dpsgd", set={"lr": 0.5, "epochs": 1}), world)
     # It learns what no line can separate: every peer beats a linear model of all the data.
-    longer = world.with_settings({"rounds": 20, "eval_every": 20})
+    longer = world.with_settings({"rounds": 40, "eval_every": 40})
     run = shoal.run(shoal.Arm("dpsgd", set={"lr": 0.5, "epochs": 1}), longer)
     linear = LogisticRegression().fit(*module.train).score(*module.test)
     assert min(row.value for row in run.series("accuracy")) > linear + 0.05
