@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from shoal.parts.aggregate.base import same_for_all
-from shoal.tensor.stack import combine, or_center, shares, usable
+from shoal.tensor.stack import certain, combine, or_center, shares, usable
 from shoal.tensor.types import Mask, Stack, Vector, Weight
 
 
@@ -47,9 +47,17 @@ class Mean:
         sender gets its center [..., receivers, dim], or zeros. Equals gathering and calling the
         rule, without [receivers, k, dim].
         """
-        x, rows = usable(x, torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device))
         if not self.weighted:
             weight = _ones_like(weight)
+        if weight.layout == torch.strided and x.dim() == 2:
+            # A row that is not finite spoils every number it enters, whatever it weighs. So one
+            # look at the sums, mostly far fewer than the rows, tells that there is none.
+            total = weight.sum(-1, keepdim=True)
+            if certain(total > 0):
+                mixed = _product(weight.to(x.dtype), x)
+                if certain(torch.isfinite(mixed.sum(-1))):
+                    return mixed.div_(total.to(x.dtype))
+        x, rows = usable(x, torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device))
         # Totals in the weights' own precision: rounded first, they would bend every coordinate.
         total = _product(weight, rows.to(weight.dtype).unsqueeze(-1))
         some = total > 0
