@@ -88,7 +88,7 @@ class Membership:
         return self.merge(Membership(one, np.array([round], np.int64), entry))
 
     def candidates(self, round: int, window: int) -> NDArray[np.int64]:
-        """Ids that have joined, not left, and were active `window` rounds before `round` or later."""
+        """Ids [j] that have joined and were active `window` rounds before `round` or later."""
         return self.ids[(self.entry % 2 == 0) & (self.active >= round - window)]
 
     def state_of(self, peer: int) -> tuple[int, bool] | None:

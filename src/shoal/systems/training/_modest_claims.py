@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 
 from shoal.base import keyed
 from shoal.lab.faults import FaultSetting, Round
@@ -100,7 +101,7 @@ def round_starts(run: Run) -> list[tuple[int, float]]:
 def gaps(run: Run) -> dict[int, float]:
     """Seconds from the beginning of each round to that of the next one that took place."""
     starts = round_starts(run)
-    return {k: later - at for (k, at), (_, later) in zip(starts, starts[1:], strict=False)}
+    return {k: later - at for (k, at), (_, later) in pairwise(starts)}
 
 
 def _usual_s(run: Run) -> float:
@@ -191,7 +192,7 @@ def views_with_joiners(rows: Rows) -> dict[int, float]:
 def _known(run: Run) -> float:
     limit_s = dict(round_starts(run)).get(JOIN_ROUND + 10, run.virtual_s)
     who = range(run.peers - JOINERS, run.peers)
-    met = {joiner: 0 for joiner in who}
+    met = dict.fromkeys(who, 0)
     for row in run.series("met"):
         if row.value in met and row.time_s <= limit_s:
             met[int(row.value)] += 1
@@ -242,7 +243,7 @@ def _histories(run: Run, name: str) -> dict[int, list[list[int]]]:
 def _ascends(run: Run, name: str, what: str) -> str | None:
     for peer, lives in _histories(run, name).items():
         for life in lives:
-            for before, after in zip(life, life[1:], strict=False):
+            for before, after in pairwise(life):
                 if after <= before:
                     return f"peer {peer} {what} {after} after {before}"
     return None

@@ -20,7 +20,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,8 +30,8 @@ from shoal.kernel.tasks import TaskGroup, TaskHandle
 from shoal.lab.card import Arm, Budget, Claim, Source, System, at_least, at_most
 from shoal.lab.statistics import median
 from shoal.parts.optimise.sgd import SGD
-from shoal.parts.overlay.live_sample import Answers, LiveSample, Ping, answer, hash_order, without
-from shoal.parts.overlay.membership import Membership
+from shoal.parts.overlay.live_sample import LiveSample
+from shoal.parts.overlay.presence import Presence
 from shoal.rounds.local import descend
 from shoal.rounds.strategy import Step
 from shoal.rounds.task import Shard, Task
@@ -70,15 +69,6 @@ class Averaged:
     gathered_s: float
     again: bool
     view: Packed
-
-
-@message
-class Change:
-    """A membership advertisement of its sender."""
-
-    counter: int
-    joined: bool
-    round: int
 
 
 @message
@@ -218,7 +208,7 @@ class MoDeST:
         size = min(10, members) if self.sample_size is None else self.sample_size
         if size > members:
             raise UsageError(
-                f"modest: sample_size={size} of {members} peers; need at most all of them (lower it)"
+                f"modest: sample_size={size} of {members} peers; need at most all of them"
             )
         few = min(2, size) if self.aggregators is None else self.aggregators
         settings = replace(self, sample_size=size, aggregators=few, founders=members)
@@ -271,28 +261,23 @@ class _Node:
         self.workload = workload = bound.workload
         self.peer = peer
         self.size, self.few = bound.sample_size, bound.aggregators
-        self.sampler = LiveSample(settings.ping_timeout_s)
         self.shard = workload.task.shard(peer.id)
         self.codec = workload.transform.init(bound.initial)
         self.rounds = _MOST_ROUNDS if workload.rounds is None else workload.rounds
         self.end_s = self.rounds * settings.aggregation_timeout_s
         if workload.seconds is not None:
             self.end_s = min(self.end_s, workload.seconds)
-        self.view = Membership.of(peer.roster[: bound.founders])
-        self.founder = peer.id in self.view
-        self.pending: dict[PeerId, tuple[int, int]] = {}
-        self.searches = self.adverts = 0
-        # The latest round known, the one last trained in, the label last averaged.
-        self.round, self.trained, self.averaged = 0, -1, -1
-        self.counter = 0
+        self.known = Presence(
+            peer, peer.roster[: bound.founders], sampler=LiveSample(settings.ping_timeout_s),
+            inactivity_rounds=settings.inactivity_rounds, rounds=self.rounds, end_s=self.end_s,
+        )  # fmt: skip
+        # The round last trained in, and the label last averaged.
+        self.trained, self.averaged = -1, -1
         self.model = bound.initial
         self.result: tuple[int, Any, Vector] | None = None
         self.tried: set[int] = set()
         self.buffers: dict[int, _Buffer] = {}
         self.at_work: TaskHandle | None = None
-        self.news: tuple[int, float] | None = None
-        self.heard_s = peer.now()
-        self.round_s: list[float] = []
         self.gathered_s: list[float] = []
 
     # Life.
@@ -302,17 +287,19 @@ class _Node:
             self.group, self.stop = group, stop
             first = await self._remember()
             for loop in (
-                self._answer_pings, self._take_models, self._take_averages, self._take_changes,
-                self._take_acks, self._watch, self._until_finished,
+                self.known.answer_pings, self.known.take_changes, self._take_models,
+                self._take_averages, self._take_acks, self._watch, self._until_finished,
             ):  # fmt: skip
                 group.start(loop())
-            if first and self.founder and self.peer.now() <= self.settings.ping_timeout_s:
+            on_time = self.peer.now() <= self.settings.ping_timeout_s
+            if first and on_time and self.known.founder:
                 # Nobody is pinged: the first sample is what everybody reads off the first view.
-                if self.peer.id in self._order(0)[: self.size]:
+                if self.peer.id in self.known.order(0)[: self.size]:
                     self._accept(0, self.bound.initial, again=False)
             else:
-                self.counter += 1
-                await self._advertise(True, self.settings.adverts * self.size)
+                self.known.counter += 1
+                await self._commit()
+                await self.known.advertise(True, self.settings.adverts * self.size)
 
     async def _remember(self) -> bool:
         """Take up what an earlier incarnation committed; whether there was none."""
@@ -321,7 +308,7 @@ class _Node:
             self.peer.record("fresh", 1)
             await self._commit()
             return True
-        self.counter, self.round = progress.counter, progress.round
+        self.known.counter, self.known.round = progress.counter, progress.round
         self.trained, self.averaged = progress.trained, progress.averaged
         stored = self.peer.store.get("model")
         if stored is not None:
@@ -329,7 +316,7 @@ class _Node:
         return False
 
     async def _commit(self, **more: Any) -> None:
-        progress = Progress(self.counter, self.round, self.trained, self.averaged)
+        progress = Progress(self.known.counter, self.known.round, self.trained, self.averaged)
         await self.peer.store.commit({"progress": progress, **more})
 
     async def _until_finished(self) -> None:
@@ -340,120 +327,9 @@ class _Node:
         """Leaving: contributors must look for another aggregator, and the others learn of it."""
         for label, buffer in self.buffers.items():
             await self._tell(buffer, Ack(label, False))
-        self.counter += 1
+        self.known.counter += 1
         await self._commit()
-        await self._advertise(False, self.settings.adverts * self.size)
-
-    # What is known about others.
-
-    def _learn(self, round: int) -> None:
-        """Somebody knows of this round."""
-        if not self.round < round < self.rounds:
-            return
-        now = self.peer.now()
-        if self.news is not None:
-            self.round_s.append((now - self.news[1]) / (round - self.news[0]))
-            del self.round_s[:-_REMEMBERED]
-        self.news = (round, now)
-        self.round = round
-        self._flush()
-        for label in [label for label in self.buffers if label < round]:
-            self._drop(label)
-
-    def _flush(self) -> None:
-        """Joiners become candidates when the round changes, never inside one."""
-        for peer, (counter, round) in self.pending.items():
-            self._merge(self.view.changed(peer, counter=counter, joined=True, round=round))
-        self.pending.clear()
-
-    def _merge(self, view: Membership) -> None:
-        if len(view) > len(self.view):
-            for peer in set(view.ids.tolist()) - set(self.view.ids.tolist()):
-                if peer not in self.pending:
-                    self.peer.record("met", peer)
-        self.view = view
-
-    def _read(self, packed: Packed) -> bool:
-        """Merge a view that came with a model; whether it was readable."""
-        content: Any = packed.content
-        if not isinstance(content, Membership):
-            try:
-                content = Membership.unpack(content)
-            except WireError:
-                return False
-        self._merge(self.view.merge(content))
-        own = self.view.state_of(self.peer.id)
-        if own is not None and (own[0] > self.counter or not own[1]):
-            # An earlier incarnation of this peer, whose store is lost, has written further.
-            self.counter = own[0] + 1
-            self._join_own_view()
-        return True
-
-    def _join_own_view(self) -> None:
-        self._merge(
-            self.view.changed(self.peer.id, counter=self.counter, joined=True, round=self.round)
-        )
-
-    async def _advertise(self, joined: bool, to: int) -> None:
-        """Tell `to` random peers of the roster, whatever the view says of them."""
-        self._merge(
-            self.view.changed(self.peer.id, counter=self.counter, joined=joined, round=self.round)
-        )
-        if joined:
-            await self._commit()
-        self.adverts += 1
-        salt = int(self.peer.uniform("advert", self.counter, self.adverts) * (1 << 53))
-        others = without(hash_order(np.array(self.peer.roster, np.int64), salt), (self.peer.id,))
-        change = Change(self.counter, joined, self.round)
-        for other in others[:to]:
-            await self.peer.send(PeerId(other), change)
-
-    async def _take_changes(self) -> None:
-        while (envelope := await self.peer.recv(Change, deadline=self.end_s)) is not None:
-            change, source = envelope.message, envelope.source
-            if not (0 <= change.round < self.rounds and 0 <= change.counter < _MOST_ROUNDS):
-                continue
-            round = max(self.round, change.round)
-            known = self.view.state_of(source)
-            if known is not None and change.counter < known[0]:
-                continue
-            if change.joined:
-                if source not in self.view and source not in self.pending:
-                    self.peer.record("met", source)
-                self.pending[source] = (change.counter, round)
-            else:
-                self.pending.pop(source, None)
-                self._merge(
-                    self.view.changed(source, counter=change.counter, joined=False, round=round)
-                )
-
-    async def _answer_pings(self) -> None:
-        while (envelope := await self.peer.recv(Ping, deadline=self.end_s)) is not None:
-            ping, source = envelope.message, envelope.source
-            self.heard_s = self.peer.now()
-            self._learn(ping.round)
-            self.view = self.view.seen((source,), self.round)
-            await answer(self.peer, source, ping, round=self.round, counter=self.counter)
-
-    def _order(self, label: int) -> Sequence[int]:
-        known = self.view.candidates(label, self.settings.inactivity_rounds)
-        return hash_order(known, "sample", label).tolist()
-
-    async def _sample(self, label: int, count: int, excluded: Sequence[int] = ()) -> Answers:
-        """SAMPLE(label, count): the first live candidates."""
-        self._flush()
-        self.view = self.view.seen((self.peer.id,), self.round)
-        self.searches += 1
-        found = await self.sampler(
-            self.peer, without(self._order(label), excluded), count, number=self.searches,
-            round=self.round, counter=self.counter,
-        )  # fmt: skip
-        for pong in found.pongs.values():
-            self._learn(pong.round)
-        self.view = self.view.seen(found.pongs, self.round)
-        if found.waves > 1:
-            self.peer.record("ping_wait_s", found.waited_s)
-        return found
+        await self.known.advertise(False, self.settings.adverts * self.size)
 
     # Participants.
 
@@ -462,9 +338,8 @@ class _Node:
             told = envelope.message
             if not (0 <= told.round < self.rounds and self._fits(told.params)):
                 continue
-            if not self._read(told.view):
+            if not self.known.read(told.view):
                 continue
-            self.heard_s = self.peer.now()
             if 0 <= told.gathered_s < math.inf and not told.again:
                 self._gathered(told.gathered_s)
             self._accept(told.round, told.params, told.again)
@@ -478,9 +353,9 @@ class _Node:
         if again and self.trained == round and self.result and self.result[0] == round + 1:
             self.tried.clear()
             self.group.start(self._hand_in(self.few))
-        if round <= self.trained or round < self.round:
+        if round <= self.trained or round < self.known.round:
             return
-        self._learn(round)
+        self.known.learn(round)
         self.trained, self.model = round, params
         if self.at_work is not None:
             self.at_work.cancel()
@@ -509,11 +384,11 @@ class _Node:
         """Send the trained model to the first live aggregators that were not tried yet."""
         assert self.result is not None
         label, payload, vector = self.result
-        found = await self._sample(label, count, tuple(self.tried))
+        found = await self.known.sample(label, count, self.tried)
         if self.result[0] != label:
             return
         self.tried.update(found.live)
-        trained = Trained(label, Packed(payload), Packed(self.view))
+        trained = Trained(label, Packed(payload), Packed(self.known.view))
         self._count_view(found.live)
         for target in found.live:
             if target == self.peer.id:
@@ -524,7 +399,7 @@ class _Node:
     def _count_view(self, targets: Sequence[PeerId]) -> None:
         """Views travel inside models; their bytes are told apart here."""
         others = len(targets) - (self.peer.id in targets)
-        self.peer.record("view_bytes", others * self.view.byte_count())
+        self.peer.record("view_bytes", others * self.known.view.byte_count())
 
     async def _take_acks(self) -> None:
         while (envelope := await self.peer.recv(Ack, deadline=self.end_s)) is not None:
@@ -541,11 +416,10 @@ class _Node:
             label = envelope.message.round
             if vector is None or not 1 <= label <= self.rounds:
                 continue
-            if not self._read(envelope.message.view):
+            if not self.known.read(envelope.message.view):
                 continue
-            self._learn(label - 1)
-            self.heard_s = self.peer.now()
-            self.view = self.view.seen((envelope.source,), label - 1)
+            self.known.learn(label - 1)
+            self.known.active(envelope.source, label - 1)
             self._contribute(label, envelope.source, vector)
 
     def _open(self, envelope: Envelope[Trained]) -> Vector | None:
@@ -560,7 +434,7 @@ class _Node:
         return vector if self._fits(vector) else None
 
     def _contribute(self, label: int, source: PeerId, vector: Vector) -> None:
-        if label <= self.averaged or label < self.round:
+        if label <= self.averaged or label < self.known.round:
             return
         buffer = self.buffers.get(label)
         if buffer is None:
@@ -582,9 +456,9 @@ class _Node:
             wait_s = min(wait_s, settings.aggregation_patience * usual_s)
         await self.peer.sleep_until(buffer.began_s + wait_s)
         buffer.timer = None
-        if self.buffers.get(label) is not buffer:
-            return
-        if len(buffer.models) >= min(FEWEST_MODELS, settings.enough):
+        if label < self.known.round:
+            self._drop(label)
+        elif len(buffer.models) >= min(FEWEST_MODELS, settings.enough):
             self.peer.record("timed_out", label)
             self._conclude(label, buffer)
         else:
@@ -623,13 +497,13 @@ class _Node:
         if label >= self.rounds:
             await self._finish(params)
             return
-        self._learn(label)
-        found = await self._sample(label, self.size)
-        if self.round > label:
+        self.known.learn(label)
+        found = await self.known.sample(label, self.size)
+        if self.known.round > label:
             return
         self._gathered(gathered_s)
         self._count_view(found.live)
-        averaged = Averaged(label, params, gathered_s, False, Packed(self.view))
+        averaged = Averaged(label, params, gathered_s, False, Packed(self.known.view))
         for target in found.live:
             if target != peer.id:
                 await peer.send(target, averaged)
@@ -653,39 +527,39 @@ class _Node:
 
         The pause doubles as long as nothing is heard: a halted run must not be drowned in adverts.
         """
-        pause, heard_s = 1.0, self.heard_s
+        pause, heard_s = 1.0, self.known.heard_s
         while self.peer.now() < self.end_s:
-            if self.heard_s != heard_s:
-                pause, heard_s = 1.0, self.heard_s
+            if self.known.heard_s != heard_s:
+                pause, heard_s = 1.0, self.known.heard_s
             wake_s = min(heard_s + pause * self._idle_s(), self.end_s)
             # A clock of nanoseconds may show slightly less than the moment slept for.
             if wake_s - self.peer.now() > 1e-6:
                 await self.peer.sleep_until(wake_s)
                 continue
             pause *= 2.0
-            await self._advertise(True, self.size)
+            await self.known.advertise(True, self.size)
             if self.settings.restart:
                 await self._restart()
 
     def _idle_s(self) -> float:
         settings = self.settings
-        if not self.round_s:
+        if not self.known.round_s:
             return settings.aggregation_timeout_s
         rounds = min(settings.idle_rounds, settings.inactivity_rounds / 2)
-        return max(rounds * median(self.round_s), settings.ping_timeout_s)
+        return max(rounds * median(self.known.round_s), settings.ping_timeout_s)
 
     async def _restart(self) -> None:
         """If this peer is the first live candidate of the latest round: begin that round again."""
-        round = self.round
-        first = await self._sample(round, 1)
-        if self.round > round or first.live != (self.peer.id,):
+        round = self.known.round
+        first = await self.known.sample(round, 1)
+        if self.known.round > round or first.live != (self.peer.id,):
             return
-        found = await self._sample(round, self.size)
-        if self.round > round:
+        found = await self.known.sample(round, self.size)
+        if self.known.round > round:
             return
         self.peer.record("restarted", round)
         self._count_view(found.live)
-        averaged = Averaged(round, self.model, 0.0, True, Packed(self.view))
+        averaged = Averaged(round, self.model, 0.0, True, Packed(self.known.view))
         for target in found.live:
             if target != self.peer.id:
                 await self.peer.send(target, averaged)
@@ -720,7 +594,7 @@ SYSTEM = System(
     uses={"topology": None, "exchange": None},
     arms={
         "modest": Arm(set=_MODEST),
-        "fedavg": Arm(system="fedavg", set=_LOCAL, scenario={"exchange.sample": 10}),
+        "fedavg": Arm(system="fedavg", set=_LOCAL, scenario={"rounds": 100, "exchange.sample": 10}),
         "modest_fast": Arm(set={**_MODEST, "lr": 0.3}, scenario={"rounds": 50}),
         "dpsgd_regular": Arm(
             system="dpsgd", set={**_LOCAL, "lr": 0.5},
@@ -728,20 +602,20 @@ SYSTEM = System(
         ),
         "dpsgd_exponential": Arm(
             system="dpsgd", set={**_LOCAL, "lr": 0.5},
-            scenario={"rounds": 100, "topology": {"name": "exponential", "one_peer": True}},
+            scenario={"rounds": 90, "topology": {"name": "exponential", "one_peer": True}},
         ),
         "gossip": Arm(
             system="gossip", set={**_LOCAL, "period_s": 15.0},
-            scenario={"rounds": 100, "eval_every": 5, "topology": {"name": "full"}},
+            scenario={"rounds": 40, "eval_every": 5, "topology": {"name": "full"}},
         ),
         "one_by_one": Arm(
-            set=_CRASHES, scenario={"rounds": 250}, prepare=measured.one_by_one
+            set=_CRASHES, scenario={"rounds": 240}, prepare=measured.one_by_one
         ),
         "at_once": Arm(
-            set={**_CRASHES, "restart": False}, scenario={"rounds": 120}, prepare=measured.at_once
+            set={**_CRASHES, "restart": False}, scenario={"rounds": 100}, prepare=measured.at_once
         ),
         "at_once_restart": Arm(
-            set=_CRASHES, scenario={"rounds": 120}, prepare=measured.at_once
+            set=_CRASHES, scenario={"rounds": 100}, prepare=measured.at_once
         ),
         "join": Arm(
             set={**_MODEST, "founders": 80}, scenario={"rounds": 90}, prepare=measured.joining
@@ -751,7 +625,7 @@ SYSTEM = System(
                 **_MODEST, "aggregators": 1, "success_fraction": 1.0, "restart": False,
                 "aggregation_patience": 0.0,
             },
-            scenario={"rounds": 120}, prepare=measured.one_by_one,
+            scenario={"rounds": 90}, prepare=measured.one_by_one,
         ),
     },
     claims=(
