@@ -50,6 +50,7 @@ def agree(what: object, world: shoal.Scenario) -> None:
     assert len(twin.final) == world.peers
     for peer, params in twin.final.items():
         assert torch.equal(runs["live"].final[peer], params)
+    assert runs["live"].state_digest == twin.state_digest != ""
     for engine in ("lockstep", "event"):
         assert runs[engine].bytes_sent == twin.bytes_sent
         assert difference(runs[engine], twin) <= tolerance(twin)

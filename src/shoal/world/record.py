@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from shoal.base.digest import bytes_digest
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -32,6 +34,16 @@ class Happening:
     time_s: float
     what: str
     peers: tuple[int, ...] = ()
+
+
+def digest_of(final: Mapping[int, Tensor]) -> str:
+    """Digest of peers' parameters: their raw bytes in the order of the peers; '' of none."""
+    if not final:
+        return ""
+    import torch
+
+    rows = (final[peer].detach().contiguous().cpu().reshape(-1) for peer in sorted(final))
+    return bytes_digest(*(memoryview(row.view(torch.uint8).numpy()) for row in rows))
 
 
 @dataclass
@@ -62,6 +74,7 @@ class Run:
     trace_digest: str = ""
     """(time_ns, source, target, kind, tag, size) of every delivery, in order; '' in lockstep"""
     state_digest: str = ""
+    """of `final`, see `digest_of`"""
     final: dict[int, Tensor] = field(default_factory=dict)
     """last recorded parameters [dim] of each peer that recorded any, by peer"""
     names: tuple[str, ...] = ()

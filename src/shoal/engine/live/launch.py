@@ -23,7 +23,7 @@ from shoal.engine.live.settings import LiveSettings
 from shoal.kernel.peer import Program
 from shoal.wire.frame import agreement
 from shoal.world.network import Network
-from shoal.world.record import Happening, Row, Run
+from shoal.world.record import Happening, Row, Run, digest_of
 
 # How far ahead the start is announced: longer than a command takes to reach a process.
 _AHEAD_NS = {True: 10_000_000, False: 200_000_000}
@@ -287,6 +287,7 @@ class _Launch:
         merged.happenings += self._deaths
         merged.happenings.sort(key=lambda happening: happening.time_s)
         merged.final = dict(sorted(merged.final.items()))
+        merged.state_digest = digest_of(merged.final)
         if self._observer is not None:
             merged.rows += self._observer.rows()
         merged.wall_s = watch.wall_s
