@@ -97,15 +97,18 @@ class Rounds:
         peer.discard(Update, before=(round + 1, 0))
         if method.reports(round):
             peer.record("params", own.params)
+            for name, value in phases.report(own.state, method).items():
+                peer.record(name, float(value))
 
     async def _lead(self, peer: Peer, own: _Own, round: int) -> None:
         """The hub's round: parameters down, updates up, apply."""
         method = self.method
         on = method.active(round).tolist()
         wave = method.waves(round)[0]
+        model = Model(round, own.hub_params)
         for client in range(method.peers):
             if on[client] and client != peer.id:
-                await peer.send(PeerId(client), Model(round, own.hub_params))
+                await peer.send(PeerId(client), model)
         if on[peer.id]:
             await self._work(peer, own, round, own.hub_params)
         else:

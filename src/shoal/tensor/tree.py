@@ -26,28 +26,33 @@ def flatten(tree: Tree) -> tuple[list[Tensor], Structure]:
 
 
 def _flatten(tree: Tree, leaves: list[Tensor]) -> Structure:
-    if isinstance(tree, Tensor):
+    # Engines flatten every call of every peer, so the common kinds come first, by exact type.
+    kind = tree.__class__
+    if kind is Tensor:
         leaves.append(tree)
         return Tensor
     if tree is None:
         return None
-    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
-        names = _fields(type(tree))
-        if names:
-            start = len(leaves)
-            parts = tuple(_flatten(getattr(tree, name), leaves) for name in names)
-            if len(leaves) > start or not _hashable(tree):
-                return (type(tree), parts)
+    if kind is tuple:
+        return (tuple, tuple([_flatten(part, leaves) for part in tree]))
+    names = _fields(kind)
+    if names:
+        start = len(leaves)
+        parts = tuple([_flatten(getattr(tree, name), leaves) for name in names])
+        if len(leaves) > start or not _hashable(tree):
+            return (kind, parts)
         return ("constant", tree)
+    if isinstance(tree, Tensor):
+        leaves.append(tree)
+        return Tensor
     if isinstance(tree, tuple):
-        parts = tuple(_flatten(part, leaves) for part in tree)
-        return (type(tree), parts)
+        return (kind, tuple([_flatten(part, leaves) for part in tree]))
     if isinstance(tree, dict):
-        names = tuple(sorted(tree))
-        return (dict, names, tuple(_flatten(tree[name], leaves) for name in names))
+        keys = tuple(sorted(tree))
+        return (dict, keys, tuple([_flatten(tree[key], leaves) for key in keys]))
     if not _hashable(tree):
         raise UsageError(
-            f"tree: {type(tree).__name__} is neither a tensor, dataclass, tuple or dict nor "
+            f"tree: {kind.__name__} is neither a tensor, dataclass, tuple or dict nor "
             "hashable (put its numbers into tensors)"
         )
     return ("constant", tree)
@@ -65,9 +70,11 @@ _names: dict[type, tuple[str, ...]] = {}
 
 
 def _fields(kind: type) -> tuple[str, ...]:
+    """The fields that make a dataclass; () for any other type."""
     names = _names.get(kind)
     if names is None:
-        names = _names[kind] = tuple(field.name for field in dataclasses.fields(kind) if field.init)
+        fields = dataclasses.fields(kind) if dataclasses.is_dataclass(kind) else ()
+        names = _names[kind] = tuple([field.name for field in fields if field.init])
     return names
 
 
@@ -88,12 +95,11 @@ def _unflatten(structure: Any, source: Any) -> Tree:
     kind = structure[0]
     if kind == "constant":
         return structure[1]
+    parts = [_unflatten(part, source) for part in structure[-1]]
     if kind is dict:
-        return {
-            name: _unflatten(part, source)
-            for name, part in zip(structure[1], structure[2], strict=True)
-        }
-    parts = [_unflatten(part, source) for part in structure[1]]
+        return dict(zip(structure[1], parts, strict=True))
+    if kind is tuple:
+        return tuple(parts)
     if issubclass(kind, tuple):
         return kind(*parts) if hasattr(kind, "_fields") else tuple(parts)
     return kind(**dict(zip(_fields(kind), parts, strict=True)))
@@ -116,8 +122,32 @@ def merge_trees(function: Callable[[list[Tensor]], Tensor], trees: Sequence[Tree
 
 
 def stack(trees: Sequence[Tree]) -> Tree:
-    """Equal trees as one, with a new leading axis."""
-    return merge_trees(torch.stack, trees)
+    """Equal trees as one, with a new leading axis; not always a copy, so do not write into it."""
+    return merge_trees(_stacked, trees)
+
+
+def _stacked(column: list[Tensor]) -> Tensor:
+    """`torch.stack`, without a copy of what is one tensor, or the rows of one, already."""
+    first, count = column[0], len(column)
+    if all(leaf is first for leaf in column):
+        return first.expand(count, *first.shape)
+    base = first._base
+    if base is None or not first.numel() or base.shape[1:] != first.shape:
+        return torch.stack(column)
+    step, start, strides = base.stride(0), base.storage_offset(), base.stride()[1:]
+    places = []
+    for leaf in column:
+        if leaf._base is not base or leaf.stride() != strides:
+            return torch.stack(column)
+        places.append(leaf.storage_offset() - start)
+    if step <= 0 or any(place % step for place in places):
+        return torch.stack(column)
+    row = places[0] // step
+    if places == list(range(places[0], places[0] + count * step, step)):
+        return base[row : row + count]
+    return base.index_select(
+        0, torch.tensor([place // step for place in places], device=base.device)
+    )
 
 
 def rows(tree: Tree, count: int) -> list[Tree]:

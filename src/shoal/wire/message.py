@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any, ClassVar, Protocol, TypeVar, dataclass_transform, get_type_hints, overload
 
 import msgspec
@@ -150,6 +151,11 @@ def _declare(declared: type, tag: tuple[str, ...]) -> type[Message]:
     made.plain = all(_is_plain(hints[name]) for name in names)
     if len(tag) == 0:
         made.tag = ()  # type: ignore[assignment,misc]
+    elif len(tag) == 1:
+        get = attrgetter(tag[0])
+        made.tag = property(lambda self: (get(self),))  # type: ignore[assignment,misc]
+    else:
+        made.tag = property(attrgetter(*tag))  # type: ignore[assignment,misc]
     _kinds[code] = made
     return made
 

@@ -65,6 +65,8 @@ class TensorPayload:
     def byte_count(self) -> int:
         """Exactly `len(self.pack())`, for a row."""
         self._need_row()
+        if type(self).size_bytes is TensorPayload.size_bytes:
+            return self.row_bytes()
         return int(self.size_bytes())
 
     def pack(self) -> bytes | memoryview:
