@@ -126,7 +126,7 @@ class Membership:
         rows = np.empty(len(self.ids), _ROW)
         rows["id"], rows["active"], rows["entry"] = self.ids, self.active, self.entry
         data = rows.tobytes()
-        return data + zlib.crc32(data).to_bytes(_CHECK_BYTES, "little")
+        return data + _check(data)
 
     @classmethod
     def unpack(cls, data: bytes | bytearray | memoryview) -> Membership:
@@ -138,10 +138,15 @@ class Membership:
         body, check = data[:-_CHECK_BYTES], data[-_CHECK_BYTES:]
         if len(data) < _CHECK_BYTES or len(body) % _ROW.itemsize:
             raise DecodeError(f"membership: {len(data)} bytes are no view (16 per peer, and 4)")
-        if zlib.crc32(body).to_bytes(_CHECK_BYTES, "little") != check:
+        if _check(body) != check:
             raise DecodeError("membership: wrong checksum (the view was damaged on its way)")
         rows = np.frombuffer(body, _ROW)
         ids, active, entry = (rows[name].astype(np.int64) for name in ("id", "active", "entry"))
         if (np.diff(ids) <= 0).any() or (active < -1).any() or (entry < 0).any():
             raise DecodeError("membership: ids do not ascend, or a round or counter is negative")
         return cls(ids, active, entry)
+
+
+def _check(data: bytes) -> bytes:
+    # Started from the length: a piece of a view of zeros must not pass for a shorter view.
+    return zlib.crc32(data, 1 + len(data)).to_bytes(_CHECK_BYTES, "little")
