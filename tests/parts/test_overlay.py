@@ -1,4 +1,4 @@
-"""The membership view is a CRDT, hash order is fair and the same for all, samples find the living."""
+"""The membership view is a CRDT, hash order is fair, samples are the first living peers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shoal.base.errors import DecodeError, UsageError
+from shoal.base.errors import DecodeError, Leaving, UsageError
 from shoal.engine.event import EventSettings, simulate
 from shoal.kernel.peer import Peer
 from shoal.parts.overlay.live_sample import LiveSample, Ping, answer, hash_order, without
@@ -227,8 +227,6 @@ class Meets:
     seen: dict[int, Presence] = field(default_factory=dict)
 
     async def run(self, peer: Peer) -> None:
-        from shoal.base.errors import Leaving
-
         known = Presence(
             peer, peer.roster[: self.founders], sampler=LiveSample(), inactivity_rounds=20,
             rounds=100, end_s=50.0,
