@@ -212,7 +212,9 @@ class Lockstep:
                 w.exchange(hop, hops, s, frame[w.rows]) for w, s in zip(worlds, slots, strict=True)
             ]
             mesh = _Mesh(worlds, slots, masks, [wave[hop] for wave in waves])
-            heard = self._combine(mesh, current, outgoing, special, work.weight, extra)
+            heard = self._combine(
+                mesh, current, outgoing, special, work.weight, extra, last=hop == hops - 1
+            )
             current, extra = heard.vector, heard.extra
         self._conclude(work, codec, heard, keys, round)
         for world in worlds:
@@ -254,7 +256,13 @@ class Lockstep:
             world.lead(round, size)
         on = torch.cat([w.on for w in self.worlds])
         if bool(on.all()):
-            self.adopted = params.repeat_interleave(self.first.peers, 0)
+            # In one world everybody holds the same vector: a view spares a copy for each.
+            one = len(self.worlds) == 1
+            self.adopted = (
+                params.expand(self.total, -1)
+                if one
+                else params.repeat_interleave(self.first.peers, 0)
+            )
         else:
             rows = on.nonzero().flatten()
             self.adopted = self.adopted.index_copy(0, rows, params[rows // self.first.peers])
@@ -350,15 +358,19 @@ class Lockstep:
 
     def _combine(
         self, mesh: _Mesh, current: Tensor, outgoing: Tensor, special: list[_Lies],
-        weight: Tensor | None, extra: Mapping[str, Tensor],
+        weight: Tensor | None, extra: Mapping[str, Tensor], *, last: bool,
     ) -> Heard:  # fmt: skip
-        """phases.combine for all receivers; rows that receive nothing keep their own vector."""
+        """phases.combine for all receivers; rows that receive nothing keep their own vector.
+
+        In the last hop to hubs the result has a row for each hub: nobody asks for the others.
+        """
         taught = None
         if weight is not None:
             taught = torch.cat((weight[mesh.receiver].unsqueeze(-1), weight[mesh.source]), -1)
             taught = taught.to(torch.float64)
         mask, share = phases.weights_of(mesh.mask, mesh.mixing, taught)
         vector = self._aggregate(mesh, mask, share, current, outgoing, special)
+        hubs = last and self.hub is not None and torch.equal(mesh.receiver, self.hub_rows)
         portion = mask.to(torch.float64) if share is None else share
         total = portion.sum(-1, keepdim=True)
         alone = torch.zeros_like(portion)
@@ -368,7 +380,9 @@ class Lockstep:
         for name, value in extra.items():
             rows = torch.cat((mesh.receiver.unsqueeze(-1), mesh.source), -1)
             mixed = (value[rows] * _aligned(portion, value[rows])).sum(1)
-            combined[name] = _placed(value, mesh.receiver, mixed)
+            combined[name] = mixed if hubs else _placed(value, mesh.receiver, mixed)
+        if hubs:
+            return Heard(vector, mask.sum(-1), combined)
         count = mesh.source.new_ones(self.total).index_copy(0, mesh.receiver, mask.sum(-1))
         return Heard(_placed(current, mesh.receiver, vector), count, combined)
 
@@ -463,9 +477,7 @@ class Lockstep:
         led = torch.tensor([w.led for w in self.worlds])
         if not bool(led.any()):
             return
-        at = Heard(
-            heard.vector[rows], heard.count[rows], {n: v[rows] for n, v in heard.extra.items()}
-        )
+        at = heard if len(heard.vector) == len(rows) else tree.select(heard, rows)
         shard = self.shared.task.shard(rows)
         made, _ = phases.apply(
             self.hub_state, at, work.sent[rows], shard, keys[rows], self.shared, round

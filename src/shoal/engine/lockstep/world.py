@@ -63,6 +63,7 @@ class World:
         """the nearest that any arrival came to its deadline, as a part of a round"""
         self._wires = Wires.of(network)
         self._slots: dict[int, tuple[Hop, Tensor, Slots]] = {}
+        self._asked: tuple[Tensor, Slots] | None = None
         self._round = 0
 
     # Lives.
@@ -137,9 +138,7 @@ class World:
             self._enter(round, self.clock[hub].unsqueeze(0))
         came = torch.full_like(self.clock, math.inf)
         if there and len(receivers):
-            everybody = torch.ones_like(asked)
-            hop = Hop(torch.full_like(receivers, hub).unsqueeze(-1), receivers=receivers)
-            slots = Slots.of(hop, everybody, hub)
+            slots = self._from_hub(asked, receivers, hub)
             start = torch.full_like(self.clock, math.inf)
             start[hub] = self.clock[hub]
             size = torch.full_like(self.peers, size_bytes)
@@ -153,6 +152,13 @@ class World:
             self.on & (self.peers == hub) & there
         )
         self.received_s = self.clock.clone()
+
+    def _from_hub(self, asked: Tensor, receivers: Tensor, hub: int) -> Slots:
+        """The hub's messages, kept while the same clients are asked."""
+        if self._asked is None or not torch.equal(self._asked[0], asked):
+            hop = Hop(torch.full_like(receivers, hub).unsqueeze(-1), receivers=receivers)
+            self._asked = (asked, Slots.of(hop, torch.ones_like(asked), hub))
+        return self._asked[1]
 
     def work(self) -> None:
         """Local work: when each payload is ready; infinity for peers that do not send."""

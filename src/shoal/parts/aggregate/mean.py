@@ -35,9 +35,15 @@ class Mean:
     def __call__(
         self, x: Stack, *, mask: Mask, weight: Weight | None = None, center: Vector | None = None
     ) -> Vector:
-        x, rows = usable(x, mask)
-        share = shares(rows, weight if self.weighted else None)
-        return or_center(combine(share, x), share.sum(-1) > 0, center)
+        weight = weight if self.weighted else None
+        share = shares(mask, weight)
+        value = combine(share, x)
+        if not certain(torch.isfinite(value.sum(-1))):
+            # Some row is not finite, and spoiled the result whether it weighs anything or not.
+            x, rows = usable(x, mask)
+            share = shares(rows, weight)
+            value = combine(share, x)
+        return or_center(value, share.sum(-1) > 0, center)
 
     def mix(self, weight: Weight, x: Stack, center: Stack | None = None) -> Stack:
         """All receivers at once: weight [receivers, senders] (dense or CSR) times x.
