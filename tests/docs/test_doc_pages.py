@@ -13,6 +13,7 @@ from shoal import parts
 from shoal.lab import discover, pages, reference
 from shoal.lab.card import Claim, System, at_most, value
 from shoal.lab.experiment import Experiment
+from shoal.lab.replay import replay
 from shoal.lab.report import Report
 from shoal.lab.scenario import Scenario
 
@@ -101,12 +102,20 @@ def test_page_of_a_system_tells_its_claims_and_report(squares: Path) -> None:
     assert "None yet. `shoal reproduce squares --budget full` makes one." in before
     assert 'Why *tiny* is expected to be "fails": two squared is four' in before
     assert pages.verdicts(system, None) == "2, not measured yet"
-    Experiment.of_system("squares").run().save(squares / "docs" / "reports", "squares")
+    whole = Experiment.of_system("squares").run()
+    pages.keep(squares, whole)
     report = pages.committed(squares, "squares")
     after = pages.system_page(card, system, report)
     assert "| tiny | 4 |" in after
     assert after == pages.system_page(card, system, pages.committed(squares, "squares"))
     assert pages.verdicts(system, report) == "1 holds, 1 fails (as the card says)"
+    assert report is not None
+    assert report.verdicts == whole.verdicts
+    assert report.summary() == whole.summary()
+    assert all(found.same for found in replay(report))
+    whole.budget = "small"
+    with pytest.raises(shoal.UsageError, match="need a reproduction in full"):
+        pages.keep(squares, whole)
 
 
 def test_a_verdict_that_the_card_did_not_expect_shows(squares: Path) -> None:

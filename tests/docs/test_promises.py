@@ -67,11 +67,16 @@ def test_a_report_replays_and_a_changed_number_is_found(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SHOAL_HOME", str(tmp_path / ".shoal"))
-    words = ["run", "gossip", "--peers", "6", "--set", "rounds=3", "--set", "topology=ring"]
+    settings = ("peers=6", "rounds=12", "eval_every=1", "topology=ring")
+    words = ["run", "gossip", *(word for each in settings for word in ("--set", each))]
     assert CliRunner().invoke(app, words, catch_exceptions=False).exit_code == 0
     (file,) = (tmp_path / ".shoal" / "reports").glob("*.json")
     assert CliRunner().invoke(app, ["replay", str(file)]).exit_code == 0
     report = Report.load(file)
+    brief = tmp_path / "brief.json"
+    brief.write_text(report.brief().to_json(), encoding="utf-8")
+    assert brief.stat().st_size < file.stat().st_size / 2
+    assert CliRunner().invoke(app, ["replay", str(brief)]).exit_code == 0
     report.cells[0].totals["messages_sent"] += 1
     file.write_text(report.to_json(), encoding="utf-8")
     found = CliRunner().invoke(app, ["replay", str(file)])

@@ -1,7 +1,9 @@
 """Generated documentation: a page for each system, the README's table, contracts and parts.
 
-    python -m shoal.lab.pages            write everything anew, from the root of the repository
-    python -m shoal.lab.pages --check    write nothing; exit code 1 when something is out of date
+    python -m shoal.lab.pages                  write everything anew, from the repository's root
+    python -m shoal.lab.pages --check          write nothing; exit code 1 when a file is out of date
+    python -m shoal.lab.pages --keep REPORT    before that, keep a full reproduction's report, in
+                                               brief, as docs/reports/<system>.json
 
 A page is the system's card, its module's docstring, the signature of what it makes, and the last
 committed report (docs/reports/<name>.json) if there is one. The same sources give the same bytes.
@@ -101,6 +103,20 @@ def committed(root: Path, name: str) -> Report | None:
     return Report.load(path) if path.exists() else None
 
 
+def keep(root: Path, report: Report) -> Path:
+    """Put a reproduction's report, in brief, where pages and table find it."""
+    if report.system is None or report.budget != "full":
+        raise UsageError(
+            f"report {report.title!r}: budget {report.budget}; need a reproduction in full "
+            "(shoal reproduce NAME --budget full)"
+        )
+    path = root / "docs" / "reports" / f"{report.system}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = (line.strip() for line in report.brief().to_json().split("\n"))
+    path.write_text("".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
 def generated(root: Path) -> dict[Path, str]:
     """Every generated file below a repository's root, with what it must contain."""
     out = {}
@@ -132,10 +148,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m shoal.lab.pages", description=__doc__)
     parser.add_argument("root", nargs="?", default=".", help="root of the repository")
     parser.add_argument("--check", action="store_true", help="write nothing")
+    parser.add_argument("--keep", nargs="+", default=[], help="reports to keep", metavar="REPORT")
     chosen = parser.parse_args(arguments)
     root = Path(chosen.root)
     if not (root / "docs").is_dir() or not (root / "README.md").is_file():
         raise UsageError(f"{root}: no docs folder and README.md here (name the repository's root)")
+    for path in chosen.keep:
+        sys.stdout.write(f"kept: {keep(root, Report.load(path))}\n")
     wanted = generated(root)
     wrong = stale(root, wanted)
     for path in wrong:

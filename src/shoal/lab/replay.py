@@ -79,6 +79,8 @@ def differences(before: CellResult, after: CellResult) -> Iterator[str]:
             yield f"{name}: {value!r} became {again!r}"
     for name in before.curves.keys() | after.curves.keys():
         old, new = before.curves.get(name, []), after.curves.get(name, [])
+        if len(old) == 1:
+            new = new[-1:]  # a brief report keeps last points
         if len(old) != len(new):
             yield f"{name}: {len(old)} points became {len(new)}"
             continue

@@ -11,7 +11,7 @@ import csv
 import io
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -147,6 +147,20 @@ class Report:
         from shoal.lab.export import load_model
 
         return load_model(self.cell(arm, seed), peer)
+
+    def brief(self) -> Report:
+        """A small copy for keeping beside the code: of each curve the last point, no spreads.
+
+        Summary, verdicts and replay (which then compares last points) stay.
+        """
+        cells = [
+            replace(
+                cell, spreads={}, finals={}, peer_bytes=[], params_file="",
+                curves={name: curve[-1:] for name, curve in cell.curves.items()},
+            )
+            for cell in self.cells
+        ]  # fmt: skip
+        return replace(self, cells=cells, graphs=())
 
     def to_json(self) -> str:
         """Everything, as JSON with a schema number; `load` is the inverse."""
