@@ -64,7 +64,7 @@ def test_every_system_and_part_has_its_place() -> None:
     for card in discover.cards():
         assert f"docs/systems/{card.name}.md" in readme
     listed = text_of("docs/parts.md")
-    for role in ("aggregate", "attack", "exchange", "tasks", "topology", "transform"):
+    for role in ("aggregate", "attack", "exchange", "measure", "tasks", "topology", "transform"):
         for name in parts.names(role):
             assert f"| `{name}` |" in listed
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import itertools
+import math
 import re
 import textwrap
 from collections.abc import Iterator
@@ -318,7 +319,8 @@ def parts_page() -> str:
         "object of your own; it then needs no name.",
         "",
     ]
-    for field, role in ROLES.items():
+    # What else is measured is a list of names, not a part with settings in the scenario.
+    for field, role in {**ROLES, "measures": "measure"}.items():
         lines += [f"## {field}", ""]
         rows = [_part_row(name, thing) for name, thing in _parts(field, role)]
         lines += ["| name | what it is | settings |", "|---|---|---|", *rows, ""]
@@ -369,9 +371,9 @@ def _default(each: dataclasses.Field[Any]) -> str:
 def plain(value: Any) -> str:
     """A value as Python writes it, large and small numbers in short form.
 
-    >>> plain(1e10), plain(0.25), plain("iid")
-    ('1e+10', '0.25', "'iid'")
+    >>> plain(1e10), plain(0.1 * (1 - 0.9)), plain("iid")
+    ('1e+10', '0.01', "'iid'")
     """
-    if isinstance(value, float) and float(f"{value:g}") == value:
+    if isinstance(value, float) and math.isclose(float(f"{value:g}"), value, rel_tol=1e-12):
         return f"{value:g}"
     return repr(value)
