@@ -16,7 +16,7 @@ from shoal.lab import discover
 from shoal.lab.build import surroundings
 from shoal.lab.card import Arm, System
 from shoal.lab.environment import code_digest, version
-from shoal.lab.scenario import Scenario, is_scenario_key, typed
+from shoal.lab.scenario import Part, Scenario, is_scenario_key, typed
 from shoal.lab.values import Unfit, fit, freeze, from_text, near, thaw
 from shoal.world.record import Row, Run
 
@@ -214,8 +214,12 @@ def stacks(cell: Cell) -> tuple[Any, ...] | None:
     host = discover.load(card.host) if card.kind == "part" else card
     if host.kind != "strategy":
         return None
-    # Faults and attackers may follow from the seed; everything else must be equal.
+    # Faults, attackers and who has data may follow from the seed; everything else must be equal.
     world = replace(cell.scenario, seed=0, faults=(), byzantine=0)
+    if isinstance(world.task, Part):
+        task = dict(world.task.settings)
+        kept = {key: task[key] for key in task if key not in ("holders", "losers")}
+        world = replace(world, task=Part(world.task.name, kept))
     return (cell.arm, cell.system, cell.settings, cell.host, cell.engine, world)
 
 

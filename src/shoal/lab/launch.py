@@ -149,8 +149,9 @@ def _method(what: Any, scenario: Scenario, seed: int) -> tuple[Method, Network, 
     if scenario.round_s is None:
         method = replace(method, round_s=round_seconds(method, network))
     measure = Measure(
-        pieces.task, seed=seed, byzantine=pieces.byzantine, evaluated=scenario.eval_peers
-    )
+        pieces.task, seed=seed, byzantine=pieces.byzantine, evaluated=scenario.eval_peers,
+        final=_final(scenario),
+    )  # fmt: skip
     return method, network, pieces, measure
 
 
@@ -162,8 +163,9 @@ def _run_program(
 
     if measure is None and pieces.task is not None:
         measure = Measure(
-            pieces.task, seed=seed, byzantine=pieces.byzantine, evaluated=scenario.eval_peers
-        )
+            pieces.task, seed=seed, byzantine=pieces.byzantine, evaluated=scenario.eval_peers,
+            final=_final(scenario),
+        )  # fmt: skip
     horizon_s = float("inf") if scenario.seconds is None else scenario.seconds
     note = None
     if progress is not None:
@@ -184,6 +186,12 @@ def _run_program(
         batching=scenario.engine.batching, strict=scenario.engine.strict, horizon_s=horizon_s
     )
     return simulate(program, network, seed=seed, settings=settings, observer=measure, progress=note)
+
+
+def _final(scenario: Scenario) -> tuple[Any, ...]:
+    from shoal.parts import find
+
+    return tuple(find("measure", name)() for name in scenario.measures)
 
 
 def _rounds_note(progress: Progress, rounds: int) -> Any:

@@ -55,7 +55,7 @@ class EngineSettings:
 _HINTS: Mapping[str, Any] = {
     "name": str, "peers": int, "rounds": int | None, "seconds": float | None, "seed": int,
     "round_s": float | None, "eval_every": int, "eval_every_s": float | None,
-    "eval_peers": int | None, "byzantine": int | tuple[int, ...],
+    "eval_peers": int | None, "measures": tuple[str, ...], "byzantine": int | tuple[int, ...],
 }  # fmt: skip
 _ENGINE_HINTS: Mapping[str, Any] = {
     "batching": Literal["lazy", "off"], "strict": bool, "device": str,
@@ -69,7 +69,8 @@ class Scenario:
     peers: how many; rounds, seconds: the horizon, whichever comes first (a run needs one);
     round_s: length of a round, None = the engine derives it from links, device and sizes;
     eval_every: rounds between evaluations (0 = only at the end), eval_every_s: the same in seconds
-    for programs without rounds; eval_peers: how many peers are evaluated, None = all;
+    for programs without rounds; eval_peers: how many peers are evaluated, None = all; measures:
+    what else is measured of the last mean model, such as "flatness" (parts of the role `measure`);
     byzantine: ids, or a count that is placed by key;
     task ... device: `Part(name, settings)`, a name, or a live object from Python. With a live
     object the scenario works but is no data any more: it has no JSON form and cannot be replayed.
@@ -88,6 +89,7 @@ class Scenario:
     eval_every: int = 1
     eval_every_s: float | None = None
     eval_peers: int | None = None
+    measures: tuple[str, ...] = ()
     task: Any = None
     topology: Any = None
     exchange: Any = None

@@ -21,6 +21,9 @@ BATCH_BYTES = 256 << 20
 Correction = Callable[[Vector, Vector, Any], Vector]
 """(params [..., dim], grad [..., dim], context) -> the gradient to follow."""
 
+Gradient = Callable[[Task, Vector, Batch], Vector]
+"""(task, params [..., dim], batch) -> [..., dim]: what stands in for `task.grad`."""
+
 
 class Optimizer(Protocol):
     """A rule from gradients to parameters. Frozen settings; the state is a tree, given back.
@@ -63,6 +66,7 @@ def descend(
     scale: Tensor | float = 1.0,
     correct: Correction | None = None,
     context: Any = None,
+    gradient: Gradient | None = None,
 ) -> tuple[Vector, Any]:
     """Train on a peer's own shard: (params [..., dim], state) after local steps; pure.
 
@@ -70,12 +74,13 @@ def descend(
     from `step.key`, so give each round its own. A row without samples in a batch takes no step,
     so a peer with fewer samples ends exactly as it would alone. `correct` may change each
     gradient (proximal terms, control variates); it sees `context`, a tree with the same leading
-    axes. `scale` multiplies the learning rate.
+    axes. `gradient` replaces `task.grad` for methods that look at a batch more than once
+    (sharpness-aware steps). `scale` multiplies the learning rate.
     """
     _check(steps, epochs, batch_size)
     lead = params.shape[:-1]
     rows, limit = math.prod(lead), _rows_at_once(task, batch_size)
-    plan = (task, optimizer, correct, steps, epochs, batch_size)
+    plan = (task, optimizer, correct, gradient, steps, epochs, batch_size)
     if rows <= limit:
         return _descend(plan, params, state, step.shard, step.key, scale, context)
     many = (state, step.shard, step.key.expand(lead), context, scale)
@@ -106,7 +111,7 @@ def gradients(
 
 
 def _descend(
-    plan: tuple[Task, Optimizer, Correction | None, int | None, int | None, int],
+    plan: tuple[Task, Optimizer, Correction | None, Gradient | None, int | None, int | None, int],
     params: Vector,
     state: Any,
     shard: Shard,
@@ -114,11 +119,13 @@ def _descend(
     scale: Tensor | float,
     context: Any,
 ) -> tuple[Vector, Any]:
-    task, optimizer, correct, steps, epochs, batch_size = plan
+    task, optimizer, correct, gradient, steps, epochs, batch_size = plan
+    if gradient is None:
+        gradient = _plain
     # The caller's tensors stay whole: the first step makes new ones, which later steps overwrite.
     own = False
     for batch in _batches(task, shard, key, steps, epochs, batch_size):
-        grad = task.grad(params, batch)
+        grad = gradient(task, params, batch)
         if correct is not None:
             grad = correct(params, grad, context)
         here = batch.mask.any(-1)
@@ -131,6 +138,10 @@ def _descend(
             params, state = tree.where(here, moved, (params, state))
             own = True
     return params, state
+
+
+def _plain(task: Task, params: Vector, batch: Batch) -> Vector:
+    return task.grad(params, batch)
 
 
 def _batches(

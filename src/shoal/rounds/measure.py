@@ -3,28 +3,46 @@
 Per peer: the task's own metrics (`accuracy`, `loss`). Over all honest peers that reported for a
 round, with peer -1: `consensus` (mean squared distance to the mean model, [dim] not averaged),
 `drift` (distance of the farthest peer to the mean model) and the metrics of the mean model as
-`mean_model_accuracy`, `mean_model_loss`.
+`mean_model_accuracy`, `mean_model_loss`. Costly measures that a scenario names (`measures`, the
+role `measure`) are taken once, of the mean model of the last round.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from shoal.base import keyed
 from shoal.rounds.task import Task
+from shoal.tensor.types import Vector
 from shoal.world.record import Row
+
+
+class ModelMeasure(Protocol):
+    """What is worth knowing about one model, such as its flatness."""
+
+    def __call__(self, task: Task, params: Vector) -> Mapping[str, float]:
+        """Numbers by name for parameters [dim]."""
+        ...
 
 
 class Measure:
     """Collects models by round and evaluates them in batches; an `Observer` of the event engine.
 
-    evaluated: how many honest peers are evaluated one by one (drawn by key; None = all).
+    evaluated: how many honest peers are evaluated one by one (drawn by key; None = all); final:
+    what is taken of the last round's mean model.
     """
 
-    def __init__(self, task: Task, *, seed: int = 0, byzantine: tuple[int, ...] = (),
-                 evaluated: int | None = None) -> None:  # fmt: skip
+    def __init__(
+        self, task: Task, *, seed: int = 0, byzantine: tuple[int, ...] = (),
+        evaluated: int | None = None, final: Sequence[ModelMeasure] = (),
+    ) -> None:  # fmt: skip
         self._task = task
+        self._final = tuple(final)
+        self._last: tuple[int, float, Tensor] | None = None
         honest = [p for p in range(task.peers) if p not in set(byzantine)]
         if evaluated is not None and evaluated < len(honest):
             honest_first = sorted(honest, key=lambda p: keyed.uniform(seed, "evaluated", p))
@@ -59,6 +77,12 @@ class Measure:
         """Everything measured; closes what is still open."""
         for round in sorted(self._open):
             self._close(round)
+        if self._last is not None:
+            round, time_s, mean = self._last
+            for measure in self._final:
+                found = measure(self._task, mean).items()
+                self._rows.extend(Row(name, float(value), time_s, round) for name, value in found)
+            self._last = None
         rows, self._rows = self._rows, []
         return sorted(rows, key=lambda row: row.round)
 
@@ -81,6 +105,7 @@ class Measure:
         ).to(stack.dtype)
         mean = (counts.unsqueeze(-1) * stack).sum(0) / len(peers)
         last = max(time_s for time_s, _ in group.values())
+        self._last = (round, last, mean)
         apart = ((stack - mean) ** 2).sum(-1)
         self._rows.append(Row("consensus", float((apart * counts).sum() / len(peers)), last, round))
         self._rows.append(Row("drift", float(apart.max().sqrt()), last, round))

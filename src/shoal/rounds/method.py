@@ -11,7 +11,7 @@ that no engine has a second version of the arithmetic:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -186,12 +186,20 @@ def _wave(hop: Hop, active: Mask, hub: int | None) -> Wave:
     )  # fmt: skip
 
 
+def _held(shard: Shard, round: int) -> Shard:
+    """What is left of a peer's data in a round."""
+    if shard.until is None:
+        return shard
+    size = torch.where(shard.until > round, shard.size, torch.zeros_like(shard.size))
+    return replace(shard, size=size)
+
+
 def local(
     state: Any, shard: Shard, key: Key, method: Method, round: int
 ) -> tuple[Any, Vector, Tensor | None, Mapping[str, Tensor]]:
     """strategy.local as (state, vector, weight, extra)."""
     active = torch.ones_like(key, dtype=torch.bool)
-    step = Step(round, method.task, shard, key, active)
+    step = Step(round, method.task, _held(shard, round), key, active)
     state, parcel = method.strategy.local(state, step)
     assert isinstance(parcel, Parcel)
     return state, parcel.vector, parcel.weight, dict(parcel.extra)
@@ -220,7 +228,8 @@ def adopt(state: Any, received: Vector, shard: Shard, key: Key, method: Method, 
     if taking is None:
         return method.strategy.init(received)
     active = torch.ones_like(key, dtype=torch.bool)
-    return taking(state, received, Step(round, method.task, shard, key, active))
+    step = Step(round, method.task, _held(shard, round), key, active)
+    return taking(state, received, step)
 
 
 def adopt_and_work(
@@ -283,7 +292,7 @@ def apply(
 ) -> tuple[Any, Vector]:
     """strategy.apply as (state, parameters)."""
     active = torch.ones_like(key, dtype=torch.bool)
-    step = Step(round, method.task, shard, key, active, sent)
+    step = Step(round, method.task, _held(shard, round), key, active, sent)
     state = method.strategy.apply(state, heard, step)
     return state, method.strategy.params(state)
 
@@ -296,6 +305,12 @@ def conclude(
     """The last hop: combine, then apply. `own` enters the aggregate, `sent` is the first payload."""
     vector, count, extra = combine(own, payloads, mask, mixing, taught, extras, method)
     return apply(state, Heard(vector, count, extra), sent, shard, key, method, round)
+
+
+def report(state: Any, method: Method) -> Mapping[str, Tensor]:
+    """strategy.report, or nothing: name -> [...]."""
+    found = getattr(method.strategy, "report", None)
+    return {} if found is None else found(state)
 
 
 def freeze(state: Any) -> dict[str, Any]:

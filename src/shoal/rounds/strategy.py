@@ -79,3 +79,5 @@ class Strategy(Protocol):
 
     # Optional: adopt(state, received, step) -> state. A client takes the hub's parameters; without
     # it the adapter uses `init(received)`, which forgets everything else that the client knew.
+    # Optional: report(state) -> dict of name -> [...]. Numbers of a peer's own, recorded with its
+    # parameters in every engine; peers of a hub have nothing to report.

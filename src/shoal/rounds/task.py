@@ -21,11 +21,13 @@ class Shard:
 
     index: int64 [..., most], padded with 0; size: int64 [...]. Two peers may share samples.
     labels: [..., most, *] in place of the task's own targets (poisoned data), or None.
+    until: int64 [...]: the round from which on a peer's samples are lost, or None (never).
     """
 
     index: Index
     size: Tensor
     labels: Tensor | None = None
+    until: Tensor | None = None
 
 
 @dataclass(frozen=True)

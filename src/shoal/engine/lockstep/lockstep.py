@@ -217,6 +217,7 @@ class Lockstep:
             )
             current, extra = heard.vector, heard.extra
         self._conclude(work, codec, heard, keys, round)
+        numbers = {} if self.hub is not None else phases.report(self.state, self.shared)
         for world in worlds:
             if not world.method.reports(round):
                 continue
@@ -224,6 +225,7 @@ class Lockstep:
             if world.measure is not None:
                 times, present = self._reporting(world)
                 world.measure.stacked(round, times, present, self._params()[world.rows])
+            world.report(round, numbers)
 
     def _reporting(self, world: World) -> tuple[Tensor, Tensor]:
         """(when, whether) each peer reports its parameters for this round."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -173,6 +174,17 @@ class World:
     def _seconds(self, cost: Cost) -> Tensor:
         seconds = self.network.device.seconds(self.peers, cost)
         return seconds * self.timeline.slowness(self.clock) if self.timeline.faults else seconds
+
+    def report(self, round: int, numbers: Mapping[str, Tensor]) -> None:
+        """The strategy's own numbers [stacked rows] of the peers that ended this round."""
+        for name, value in numbers.items():
+            rows = zip(
+                value[self.rows].tolist(), self.clock.tolist(), self.done.tolist(), strict=True
+            )
+            self.run.rows.extend(
+                Row(name, number, time_s, round, peer)
+                for peer, (number, time_s, done) in enumerate(rows) if done
+            )  # fmt: skip
 
     def sides(self) -> tuple[Tensor, Tensor]:
         """(honest, byzantine) peers whose vectors exist in this hop."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,8 @@ Table = tuple[Tensor, Tensor, Tensor, Tensor]
 class Images(ModuleTask):
     """Classification of images with an MLP (`hidden`) or a CNN (`channels`, then `hidden[0]`).
 
-    split and what follows: see `Split`; train_samples: learn from so many only, drawn by seed,
+    split and what follows: see `Split`; losers: peers whose samples are lost before round `lost_at`
+    (the peers stay); train_samples: learn from so many only, drawn by seed,
     classes balanced; label_noise: share of training labels that are replaced by a wrong one;
     standardise: zero mean and unit variance per pixel over the training set. The test set is the
     same for every seed.
@@ -41,6 +42,8 @@ class Images(ModuleTask):
     samples_per_peer: int | None = None
     with_replacement: bool = False
     holders: tuple[int, ...] | None = None
+    losers: tuple[int, ...] = ()
+    lost_at: int = 0
     train_samples: int | None = None
     label_noise: float = 0.0
     standardise: bool = False
@@ -73,11 +76,24 @@ class Images(ModuleTask):
         shard = shards_of(parts, self.device)
         if self.label_noise:
             shard = Shard(shard.index, shard.size, self._noisy(shard, y))
+        if self.losers:
+            shard = replace(shard, until=self._until(shard))
         module = self._model().build(tuple(x.shape[1:]), 10)
         self.setup(
             module, "cross_entropy", (x, y), (test_x, test_y), shard, classes=10,
             batching=self.batching,
         )  # fmt: skip
+
+    def _until(self, shard: Shard) -> Tensor:
+        """The round before which each peer's samples are lost, int64 [peers]."""
+        if self.lost_at < 0 or any(not 0 <= peer < self.peers for peer in self.losers):
+            raise UsageError(
+                f"task: losers={self.losers}, lost_at={self.lost_at}; need peers from 0 to "
+                f"{self.peers - 1} and a round from 0 on"
+            )
+        until = torch.full_like(shard.size, torch.iinfo(torch.int64).max)
+        until[list(self.losers)] = self.lost_at
+        return until
 
     def _model(self) -> Any:
         if self.model == "mlp":

@@ -164,9 +164,7 @@ def _by_class(
     return [np.concatenate([pieces[i] for i in row]) for row in dealt]
 
 
-def _by_size(
-    count: int, peers: int, spread: float, rng: np.random.Generator
-) -> list[np.ndarray]:
+def _by_size(count: int, peers: int, spread: float, rng: np.random.Generator) -> list[np.ndarray]:
     weights = np.exp(spread * rng.standard_normal(peers))
     # One sample is everybody's; the rest goes by weight.
     cuts = np.round(np.cumsum(weights / weights.sum()) * (count - peers)).astype(int)

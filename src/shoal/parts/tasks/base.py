@@ -134,7 +134,8 @@ class ModuleTask:
     def shard(self, peer: int | Index) -> Shard:
         split = self.shares
         labels = None if split.labels is None else split.labels[peer]
-        return Shard(split.index[peer], split.size[peer], labels)
+        until = None if split.until is None else split.until[peer]
+        return Shard(split.index[peer], split.size[peer], labels, until)
 
     def joined(self, tasks: Sequence[Task]) -> ModuleTask:
         out = ModuleTask()
@@ -152,13 +153,17 @@ class ModuleTask:
         if self.shares.labels is not None:
             labels = torch.cat([_wider(s.labels, most) for s in shares if s.labels is not None])
         size = torch.cat([share.size for share in shares])
-        out.shares, out.peers = Shard(index, size, labels), int(size.shape[0])
+        until = None
+        if self.shares.until is not None:
+            until = torch.cat([share.until for share in shares if share.until is not None])
+        out.shares, out.peers = Shard(index, size, labels, until), int(size.shape[0])
         return out
 
     def _shares_with(self, other: ModuleTask) -> bool:
         """Whether both have the very same tables, and models of one shape."""
         same = all(getattr(self, n) is getattr(other, n) for n in ("x", "y", "test_x", "test_y"))
         noisy = (self.shares.labels is None) == (other.shares.labels is None)
+        noisy &= (self.shares.until is None) == (other.shares.until is None)
         models = self.spec == other.spec and str(self.module) == str(other.module)
         return same and noisy and models and self.loss_rule == other.loss_rule
 

@@ -108,4 +108,9 @@ def _windows(length: int, device: str) -> tuple[Tensor, np.ndarray, Tensor, int]
             if into is train:
                 plays.append(np.full(count, play))
     x = torch.as_tensor(np.concatenate(train), device=device)
-    return x, np.concatenate(plays), torch.as_tensor(np.concatenate(test), device=device), len(number)
+    return (
+        x,
+        np.concatenate(plays),
+        torch.as_tensor(np.concatenate(test), device=device),
+        len(number),
+    )

@@ -15,4 +15,11 @@ SCENARIOS = {
         },
         device={"name": "device", "flops_per_s": 8.1e4, "spread": 0.42},
     ),
+    # 32 peers on a ring with unequal label mixes of real 8x8 digits.
+    "digits_ring": Scenario(
+        name="training.digits_ring", peers=32, rounds=60, eval_every=5, measures=("flatness",),
+        task={"name": "digits", "split": "dirichlet", "alpha": 0.3, "standardise": True},
+        topology={"name": "ring"}, links={"name": "links", "latency_s": 0.02},
+        device={"name": "device", "flops_per_s": 1e8},
+    ),
 }  # fmt: skip

@@ -1,0 +1,1 @@
+"""What is measured of one model beyond a task's own metrics; see `shoal.rounds.measure`."""
