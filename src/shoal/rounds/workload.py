@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from shoal.rounds.aggregator import Aggregator
 from shoal.rounds.task import Task
@@ -28,7 +29,7 @@ class Workload:
     seed: int
     report_every: int = 1
 
-    @property
+    @cached_property
     def initial(self) -> Vector:
         """The common initial parameters [dim]."""
         return self.task.init(keyed.key_of(self.seed, "init"))
