@@ -320,7 +320,7 @@ def test_noise_of_every_kind(kept: str) -> None:
 
 
 def fuzz(seeds: int, first_seed: int = 0) -> Any:
-    settings = replace(SMALL, sample_size=6, adverts=2)
+    settings = replace(SMALL, sample_size=8, adverts=2)
     program = settings.bind(workload(12, 8))
     network = Network(12, links=LINKS, device=DEVICE)
     return explore(
@@ -405,8 +405,9 @@ def test_measures_on_a_history_known_by_hand() -> None:
     # Round 41 takes four times as long, and later ones as before.
     rows += [Row("training", k, 440.0 + 10.0 * (k - 41), k, 1) for k in range(42, 70)]
     rows += [Row("accuracy", 0.5 + 0.01 * k, 10.0 * k, k, 0) for k in range(42)]
+    rows = [r for r in rows if r.peer == 1 or r.value < 41 or r.name != "training"]
     history = Run(
-        "event", 0, 4, rows=[r for r in rows if r.peer == 1 or r.value < 41 or r.name != "training"],
+        "event", 0, 4, rows=rows,
         happenings=[Happening(400.0, "crash", (2,))], bytes_sent=[5, 1, 1, 1],
         bytes_received=[5, 1, 1, 1], virtual_s=1000.0,
     )  # fmt: skip

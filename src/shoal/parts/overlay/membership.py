@@ -20,6 +20,7 @@ from shoal.base.errors import DecodeError, UsageError
 
 _ROW = np.dtype([("id", "<i8"), ("active", "<i4"), ("entry", "<i4")])
 _CHECK_BYTES = 4
+_CHECK_START = 0x9E3779B9
 _MOST = (1 << 30) - 1
 
 
@@ -148,5 +149,5 @@ class Membership:
 
 
 def _check(data: bytes) -> bytes:
-    # Started from the length: a piece of a view of zeros must not pass for a shorter view.
-    return zlib.crc32(data, 1 + len(data)).to_bytes(_CHECK_BYTES, "little")
+    # Not from zero: the first bytes of a view with small ids must not pass for an empty one.
+    return zlib.crc32(data, _CHECK_START ^ len(data)).to_bytes(_CHECK_BYTES, "little")

@@ -144,7 +144,8 @@ class Presence:
             change, source = envelope.message, envelope.source
             if not (0 <= change.round < self._rounds and 0 <= change.counter < 1 << 29):
                 continue
-            round = max(self.round, change.round)
+            self.learn(change.round)
+            round = self.round
             known = self.view.state_of(source)
             if known is not None and change.counter < known[0]:
                 continue

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 FEWEST_MODELS = 3
 """What an aggregator whose time is up must have (a liveness floor of the public code)."""
 _REMEMBERED = 21
+_LONGEST_PAUSE = 4.0
+_TICK_S = 1e-6
 _MOST_ROUNDS = 1 << 29
 
 
@@ -390,18 +392,20 @@ class Node:
     async def _watch(self) -> None:
         """After a silence say that one is there, and see whether the round needs a restart.
 
-        The pause doubles as long as nothing is heard: a halted run must not be drowned in adverts.
+        The pause doubles while nothing is heard: a halted run must not be drowned in adverts.
         """
         pause, heard_s = 1.0, self.known.heard_s
-        while self.peer.now() < self.end_s:
+        since_s = heard_s
+        # A clock of nanoseconds may show slightly less than the moment slept for.
+        while self.end_s - self.peer.now() > _TICK_S:
             if self.known.heard_s != heard_s:
                 pause, heard_s = 1.0, self.known.heard_s
-            wake_s = min(heard_s + pause * self._idle_s(), self.end_s)
-            # A clock of nanoseconds may show slightly less than the moment slept for.
-            if wake_s - self.peer.now() > 1e-6:
+                since_s = heard_s
+            wake_s = min(since_s + pause * self._idle_s(), self.end_s)
+            if wake_s - self.peer.now() > _TICK_S:
                 await self.peer.sleep_until(wake_s)
                 continue
-            pause *= 2.0
+            pause, since_s = min(2.0 * pause, _LONGEST_PAUSE), wake_s
             await self.known.advertise(True, self.size)
             if self.settings.restart:
                 await self._restart()

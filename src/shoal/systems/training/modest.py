@@ -187,11 +187,17 @@ SYSTEM = System(
         "modest_fast": Arm(set={**_MODEST, "lr": 0.3}, scenario={"rounds": 50}),
         "dpsgd_regular": Arm(
             system="dpsgd", set={**_LOCAL, "lr": 0.5},
-            scenario={"rounds": 30, "topology": {"name": "random_regular", "degree": 10}},
+            scenario={
+                "rounds": 30, "eval_peers": 25,
+                "topology": {"name": "random_regular", "degree": 10},
+            },
         ),
         "dpsgd_exponential": Arm(
             system="dpsgd", set={**_LOCAL, "lr": 0.5},
-            scenario={"rounds": 90, "topology": {"name": "exponential", "one_peer": True}},
+            scenario={
+                "rounds": 90, "eval_peers": 25,
+                "topology": {"name": "exponential", "one_peer": True},
+            },
         ),
         "gossip": Arm(
             system="gossip", set={**_LOCAL, "period_s": 15.0},
