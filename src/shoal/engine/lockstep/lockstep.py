@@ -284,7 +284,7 @@ class Lockstep:
             pieces.extend(self._chunks(order[-1], mine, keys, round, received))
         if not pieces:
             return _Work(self.state, self.codec, torch.zeros_like(keys), self._params(), None, {})
-        done = pieces[0] if len(pieces) == 1 else tree.merge_trees(torch.cat, pieces)
+        done = pieces[0] if len(pieces) == 1 else tree.merge_trees(_CatOnce(), pieces)
         rows = torch.cat(order)
         if len(rows) == self.total:
             return done if len(order) == 1 else tree.select(done, torch.argsort(rows))
@@ -397,7 +397,8 @@ class Lockstep:
         mix = getattr(rule, "mix", None)
         if mix is not None and outgoing is current:
             weights = mask.to(torch.float64) if share is None else share
-            own = current[mesh.receiver]
+            everyone = len(mesh.receiver) == len(current)
+            own = current if everyone else current[mesh.receiver]
             mixed = mix(_matrix(mesh, weights, self.total), current, own)
             heard = (weights > 0).any(-1, keepdim=True)
             return mixed if bool(heard.all()) else torch.where(heard, mixed, own)
@@ -501,6 +502,19 @@ class _Lies:
         for place, index in who.tolist():
             slot, liar = (source[place].unsqueeze(-1) == self.byzantine).nonzero(as_tuple=True)
             x[place, slot + 1] = self.vectors[index, liar]
+
+
+class _CatOnce:
+    """`torch.cat` that gives one result for the same tensors: what is sent is often the state."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[int, ...], Tensor] = {}
+
+    def __call__(self, tensors: list[Tensor]) -> Tensor:
+        key = tuple([id(tensor) for tensor in tensors])
+        if key not in self._made:
+            self._made[key] = torch.cat(tensors)
+        return self._made[key]
 
 
 class _Mesh:

@@ -55,14 +55,13 @@ class Mean:
         """
         if not self.weighted:
             weight = _ones_like(weight)
-        if weight.layout == torch.strided and x.dim() == 2:
-            # A row that is not finite spoils every number it enters, whatever it weighs. So one
-            # look at the sums, mostly far fewer than the rows, tells that there is none.
-            total = weight.sum(-1, keepdim=True)
-            if certain(total > 0):
-                mixed = _product(weight.to(x.dtype), x)
-                if certain(torch.isfinite(mixed.sum(-1))):
-                    return mixed.div_(total.to(x.dtype))
+        # A row that is not finite spoils every number it enters, whatever it weighs. So one look at
+        # the sums of the result tells that none did, and spares a copy of everything.
+        total = _product(weight, weight.new_ones((x.shape[-2], 1), layout=torch.strided))
+        if certain(total > 0):
+            mixed = _product(weight.to(x.dtype), x)
+            if certain(torch.isfinite(mixed.sum(-1))):
+                return mixed.div_(total.to(x.dtype))
         x, rows = usable(x, torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device))
         # Totals in the weights' own precision: rounded first, they would bend every coordinate.
         total = _product(weight, rows.to(weight.dtype).unsqueeze(-1))
