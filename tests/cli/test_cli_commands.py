@@ -57,7 +57,8 @@ def test_show_and_cite() -> None:
 
 
 def test_reproduce_and_its_contract_for_scripts() -> None:
-    found = lines(shoal("reproduce", "alpha", "beta-x", "--json", "--seed", "3", code=0))
+    # 1, since a claim fails, even though its card expects that.
+    found = lines(shoal("reproduce", "alpha", "beta-x", "--json", "--seed", "3", code=1))
     assert [each["system"] for each in found] == ["alpha", "beta-x"]
     first = found[0]
     assert set(first) == {"system", "budget", "seconds", "report", "claims"}
@@ -72,6 +73,7 @@ def test_reproduce_and_its_contract_for_scripts() -> None:
     assert claims["faster"]["bound"] == ">= 0.01"
     low, high = claims["faster"]["interval"]
     assert low <= claims["faster"]["measured"] <= high
+    assert (claims["soon"]["verdict"], claims["soon"]["expected"]) == ("fails", "fails")
     assert claims["large"]["verdict"] == "out of scale"
     assert claims["large"]["measured"] is None
     assert claims["large"]["interval"] is None

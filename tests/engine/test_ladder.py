@@ -137,6 +137,10 @@ FAULTS = {
     ),
     "one way": (Partition(who=(0, 1), at=3.0, until=12.0, one_way=True),),
     "hub": (Crash(who=(0,), at=15.0),),
+    "who comes first dies of it": (Crash(who=(4, 11), at=Round(7)), Crash(who=(0,), at=Round(8))),
+    "never starts": (Crash(who=(6,), at=Round(0)), Join(who=(6,), at=18.4)),
+    "joins while down": (Crash(who=(8,), at=4.1, until=13.0), Join(who=(8,), at=6.0)),
+    "leaves while down": (Crash(who=(8,), at=4.1, until=13.0), Leave(who=(8,), at=6.0)),
     "hub restarts": (Crash(who=(0, 3), at=12.5, until=19.0),),
 }
 

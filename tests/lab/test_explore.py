@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.base.errors import PeerError, UsageError
-from shoal.kernel.peer import Peer
+from shoal.kernel.peer import Cost, Peer
 from shoal.lab.explore import explore, generate, replay
 from shoal.wire.message import message
 from shoal.world.faults import KINDS, Round, check, from_data, to_data
@@ -37,7 +37,10 @@ class Beats:
         first = max(0, int(peer.now()) + 1 if peer.now() > 0 else 0)
         for round in range(first, self.rounds):
             peer.enter_round(round)
-            for other in others:
+            for turn, other in enumerate(others):
+                # Spread over the round and after some work, so that most faults meet something.
+                await peer.sleep_until(round + 0.15 * turn)
+                await peer.compute(abs, round, cost=Cost(seconds=0.01))
                 await peer.send(other, Beat(round))
             heard = await peer.gather(Beat, tag=(round,), expect=others, deadline=round + 0.8)
             peer.record("heard", len(heard))

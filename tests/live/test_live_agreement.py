@@ -36,9 +36,26 @@ def both(program: Any, network: Network, processes: int = 1, seed: int = 5) -> t
 
 
 def recorded(run: Run) -> list[tuple[int, int, str, float]]:
-    """What each peer recorded, without when; the event engine adds rows about all peers."""
+    """What each peer recorded, without when."""
     rows = [row for row in run.rows if row.peer >= 0]
     return sorted((row.peer, row.round, row.name, row.value) for row in rows)
+
+
+def assert_traffic(twin: Run, live: Run) -> None:
+    """Both have the traffic of the whole run, at the same rounds or at moments of their own.
+
+    How much others had sent when the last peer recorded its model depends on who is a little ahead,
+    so points need not be equal; they rise to at most what was sent in all.
+    """
+    for run in (twin, live):
+        rows = run.series("bytes_sent")
+        assert bool(rows) == bool(run.final)
+        values = [row.value for row in rows]
+        assert values == sorted(values)
+        assert values[-1:] <= [sum(run.bytes_sent)]
+    rounds = [[row.round for row in run.series("bytes_sent")] for run in (twin, live)]
+    if min(rounds[0], default=-1) >= 0:
+        assert rounds[0] == rounds[1]
 
 
 def assert_agree(twin: Run, live: Run) -> None:
@@ -47,6 +64,7 @@ def assert_agree(twin: Run, live: Run) -> None:
         assert torch.equal(params, live.final[peer]), f"peer {peer}"
     assert live.state_digest == twin.state_digest
     assert recorded(live) == recorded(twin)
+    assert_traffic(twin, live)
     assert live.bytes_sent == twin.bytes_sent
     assert live.bytes_by_kind == twin.bytes_by_kind
     assert live.messages_sent == twin.messages_sent

@@ -11,6 +11,7 @@ import torch
 
 from shoal.base.errors import UsageError
 from shoal.parts import find, names
+from shoal.parts.exchange.first_come import FirstCome
 from shoal.parts.exchange.gossip import Gossip
 from shoal.parts.exchange.isolated import Isolated
 from shoal.parts.exchange.star import Star
@@ -69,7 +70,12 @@ def check_hop(hop: Hop, active: torch.Tensor, hub: int | None) -> None:
     assert sources.shape[0] == len(receivers)
     assert ((sources >= -1) & (sources < peers)).all()
     assert not (sources == receivers.unsqueeze(-1)).any()
-    assert hop.taken is None
+    if hop.taken is not None:
+        assert hop.taken.dtype == torch.bool
+        assert hop.taken.shape == sources.shape
+        # Padding can't be waited for, and a receiver that waits for nobody hears nobody.
+        assert not (hop.taken & (sources < 0)).any()
+        assert (hop.taken.any(-1) == (sources >= 0).any(-1)).all()
     for receiver, row in zip(receivers.tolist(), sources.tolist(), strict=True):
         heard = [source for source in row if source >= 0]
         assert len(heard) == len(set(heard))
@@ -87,6 +93,22 @@ def check_hop(hop: Hop, active: torch.Tensor, hub: int | None) -> None:
         assert (hop.weights[sources < 0] == 0).all()
         total = hop.weights.sum(-1) + hop.own
         torch.testing.assert_close(total, torch.ones_like(total), rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("faulty", [(), (0, 5)])
+def test_first_come_takes_all_but_the_last_and_the_faulty_first(faulty: tuple[int, ...]) -> None:
+    exchange = FirstCome(7, byzantine=2, faulty=faulty)
+    seen = set()
+    for round in range(20):
+        (hop,) = exchange.hops(round, seed=3)
+        assert hop.taken is not None
+        # n - f vectors with one's own among them.
+        assert (hop.taken.sum(-1) == 7 - 2 - 1).all()
+        for peer in faulty:
+            assert hop.taken[hop.sources == peer].all()
+        seen.add(tuple(hop.taken.flatten().tolist()))
+    assert len(seen) == 20
+    assert FirstCome(5).hops(0, seed=3)[0].taken is None
 
 
 def test_gossip_is_the_topology() -> None:

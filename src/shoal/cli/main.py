@@ -19,7 +19,13 @@ def main() -> None:
             raise SystemExit(_list(json="--json" in sys.argv))
         from shoal.cli.app import app
 
-        app(prog_name="shoal")
+        try:
+            app(prog_name="shoal")
+        except SystemExit:
+            # The option parser ends with 1 when a pipe breaks; this wrapper is what it leaves.
+            if type(sys.stdout).__name__ != "PacifyFlushWrapper":
+                raise
+            raise BrokenPipeError from None
     except BrokenPipeError:
         # The reader of a pipe (`shoal list | head`) has had enough.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

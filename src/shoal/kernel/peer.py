@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from shoal.kernel.tasks import TaskGroup
 
 T = TypeVar("T")
-M = TypeVar("M", bound=Message)
+M = TypeVar("M")
+"""A class declared with `@message`. No bound: to a type checker a decorator adds no base, so that
+such classes are dataclasses to it; the kernel refuses others with UndeclaredMessage."""
 Batching = Literal["leading", "vmap", "never"]
 Storable = "bytes | Tensor | Message"
 
@@ -103,7 +105,7 @@ class Peer(Protocol):
         """Say which round begins; faults and reports may be tied to rounds."""
         ...
 
-    async def send(self, to: PeerId, message: Message) -> None:
+    async def send(self, to: PeerId, message: object) -> None:
         """Queue a message; waits while the queue is full; never raises for a dead peer."""
         ...
 
@@ -132,12 +134,12 @@ class Peer(Protocol):
         """Drop mail with smaller tags, now and later."""
         ...
 
-    async def request(self, to: PeerId, message: Message, *, deadline: float) -> Message:
+    async def request(self, to: PeerId, message: object, *, deadline: float) -> Any:
         """Send and wait for the handler's answer; DeadlineExceeded, PeerUnreachable, PeerError."""
         ...
 
     def serve(
-        self, kind: type[M], handler: Callable[[Envelope[M]], Awaitable[Message | None]]
+        self, kind: type[M], handler: Callable[[Envelope[M]], Awaitable[object]]
     ) -> None:
         """Handle every message of a kind in a task of its own, at most `in_flight` at once."""
         ...

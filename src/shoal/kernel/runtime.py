@@ -18,7 +18,7 @@ from shoal.base.ids import ANY, PeerId, Tag
 from shoal.base.units import FOREVER, NANOSECONDS, to_ns, to_s
 from shoal.kernel.host import Host
 from shoal.kernel.mailbox import Mailbox, require_message
-from shoal.kernel.peer import Batching, Cost, Envelope, Program
+from shoal.kernel.peer import Batching, Cost, Envelope, Program, Store
 from shoal.kernel.tasks import Task, TaskGroup
 from shoal.kernel.waits import RecvWait, ReplyWait, Wait
 from shoal.wire.message import Message, message
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 T = TypeVar("T")
-M = TypeVar("M", bound=Message)
+M = TypeVar("M")
 
 # A task that finds this many deadlines past at one moment is not waiting but spinning.
 _SPINS = 100_000
@@ -56,9 +56,9 @@ class Runtime:
         self.root: Task | None = None
         self.tasks_alive: dict[Task, None] = {}
         self.mailbox = Mailbox(host.limits, host.drop)
-        self.store = RuntimeStore(self)
+        self.store: Store = RuntimeStore(self)
         self._draws = keyed.fold(0, seed, "peer", peer)
-        self._handlers: dict[type, Callable[[Any], Awaitable[Message | None]]] = {}
+        self._handlers: dict[type, Callable[[Any], Awaitable[object]]] = {}
         self._handling: dict[type, int] = {}
         self._pending: dict[tuple[int, int], ReplyWait] = {}
         self._requests = 0
@@ -90,6 +90,10 @@ class Runtime:
             task.kill()
         self.tasks_alive.clear()
         self.root = None
+
+    def mute(self) -> None:
+        """It dies with the step that it is taking: nothing that it still sends is heard."""
+        self._transmit = _unheard
 
     def leave(self) -> None:
         """Tell the program that it should go."""
@@ -179,7 +183,7 @@ class Runtime:
                 answer = Failure(f"the handler answered {type(answer).__name__}, no message")
             await self._reply(envelope, answer)
 
-    async def _reply(self, envelope: Envelope[Any], answer: Message) -> None:
+    async def _reply(self, envelope: Envelope[Any], answer: Any) -> None:
         wait = self._transmit(self, envelope.source, answer, -envelope.request)
         if wait is not None:
             await wait
@@ -229,7 +233,7 @@ class Runtime:
             self.round = round
             self.host.enter_round(self, round)
 
-    async def send(self, to: PeerId, message: Message) -> None:
+    async def send(self, to: PeerId, message: Any) -> None:
         wait = self._transmit(self, to, message, 0)
         if wait is not None:
             await wait
@@ -290,7 +294,7 @@ class Runtime:
     def discard(self, kind: type[M], *, before: Tag) -> None:
         self.mailbox.discard(kind, before)
 
-    async def request(self, to: PeerId, message: Message, *, deadline: float) -> Message:
+    async def request(self, to: PeerId, message: Any, *, deadline: float) -> Any:
         if not self.alive:
             await self._gone()
         at = to_ns(deadline)
@@ -317,7 +321,7 @@ class Runtime:
         return await wait
 
     def serve(
-        self, kind: type[M], handler: Callable[[Envelope[M]], Awaitable[Message | None]]
+        self, kind: type[M], handler: Callable[[Envelope[M]], Awaitable[object]]
     ) -> None:
         require_message(kind)
         if not self.alive:

@@ -238,7 +238,7 @@ def drain(ready: Ready) -> None:
             if error is None:
                 wait = task.coroutine.send(value)
             else:
-                if error.__class__ is Stop and error.void:
+                if isinstance(error, Stop) and error.void:
                     continue
                 if task.wait is not None:
                     task.wait.abandon()

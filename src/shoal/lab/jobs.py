@@ -43,11 +43,12 @@ class Outcome:
 def stacked(waiting: list[Waiting], launcher: Launcher) -> list[list[Waiting]]:
     """Cells that run together: the seeds of a strategy's arm in one piece, others by themselves.
 
-    Only the lab's own launcher knows how to run several seeds at once.
+    Only the lab's own launcher knows how to run several seeds at once; one that was put in its
+    place does not.
     """
     groups: dict[Any, list[Waiting]] = {}
     for place, (cell, key) in enumerate(waiting):
-        common = stacks(cell) if launcher is seam.launch else None
+        common = stacks(cell) if getattr(launcher, "__module__", "") == seam.__name__ else None
         groups.setdefault(place if common is None else common, []).append((cell, key))
     return [
         group[start : start + STACK_MAX]

@@ -194,4 +194,5 @@ class _Collected:
             return dict.fromkeys(receivers, self.result[index])
         # Equivocation: a row per honest receiver; other attackers get the own row's first.
         places = {p: i for i, p in enumerate(self.honest)}
-        return {r: self.result[places.get(r, 0), index] for r in receivers}
+        result: Tensor = self.result
+        return {r: result[places.get(r, 0), index] for r in receivers}

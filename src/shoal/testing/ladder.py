@@ -9,6 +9,7 @@
 | event (batching off) / live, no faults | parameters bit for bit                              |
 
 Arrivals must stay away from deadlines, or the rungs compare different rounds: `margin` is checked.
+So is that no peer comes back in the middle of a round, which lockstep simplifies.
 """
 
 from __future__ import annotations
@@ -58,6 +59,8 @@ def check_strategy(method: Method, network: Network, *, live: bool = False) -> R
     assert margin > MARGIN, (
         f"ladder: an arrival is within {margin:.1%} of a round of its deadline (change round_s)"
     )
+    behind = lockstep.settings["behind"]
+    assert not behind, f"ladder: {behind} peers came back into a round under way (move the fault)"
     lazy = _event(Rounds.of(method), method, network, "lazy")
     off = _event(Rounds.of(method), method, network, "off")
     same_trace(lazy, off)

@@ -394,14 +394,17 @@ def _read_matrix(matrix: tuple[tuple[float, ...], ...] | str) -> np.ndarray:
     return table
 
 
-def fifo_finish(arrive: Tensor, service: Tensor, mask: Tensor | None = None) -> Tensor:
+def fifo_finish(
+    arrive: Tensor, service: Tensor, mask: Tensor | None = None, ready: Tensor | None = None
+) -> Tensor:
     """When each message has passed a queue that serves one at a time, first come first served.
 
     arrive: seconds [..., k]; service: seconds [..., k] >= 0 that each one occupies the server;
-    mask: bool [..., k], False = no such message (its result is inf). Result [..., k]:
-    finish = max(arrive, finish of the one before) + service in order of arrival, ties by index.
+    mask: bool [..., k], False = no such message (its result is inf); ready: seconds [..., k] before
+    which its service cannot begin, None = when it arrived. Result [..., k]:
+    finish = max(ready, finish of the one before) + service in order of arrival, ties by index.
     Lindley's recursion (1952), unrolled to a running maximum: finish_i = S_i + max over j <= i of
-    (arrive_j - S_{j-1}) with S the running sum of service. Use float64: sums grow with k.
+    (ready_j - S_{j-1}) with S the running sum of service. Use float64: sums grow with k.
 
     >>> import torch
     >>> fifo_finish(torch.tensor([0.0, 5.0, 1.0]), torch.tensor([2.0, 2.0, 2.0]))
@@ -414,6 +417,8 @@ def fifo_finish(arrive: Tensor, service: Tensor, mask: Tensor | None = None) -> 
         arrive = torch.where(mask, arrive, math.inf)
         service = torch.where(mask, service, 0.0)
     came, order = torch.sort(arrive, dim=-1, stable=True)
+    if ready is not None:
+        came = torch.where(came == math.inf, math.inf, ready.expand_as(arrive).gather(-1, order))
     total = service.gather(-1, order).cumsum(-1)
     before = torch.cat((torch.zeros_like(total[..., :1]), total[..., :-1]), -1)
     # inf - inf would be nan: what never arrives must not look served after an endless service.

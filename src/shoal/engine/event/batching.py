@@ -36,12 +36,12 @@ maximum taken over the wrong axis is off by its own size.
 
 
 class _Call:
-    __slots__ = ("args", "bytes", "error", "group", "ran", "result", "wait")
+    __slots__ = ("args", "error", "group", "leaves", "ran", "result", "wait")
 
-    def __init__(self, wait: Wait, args: tuple[Any, ...], size_bytes: int) -> None:
+    def __init__(self, wait: Wait, args: tuple[Any, ...], leaves: list[torch.Tensor]) -> None:
         self.wait = wait
         self.args = args
-        self.bytes = size_bytes
+        self.leaves = leaves
         self.group: _Group | None = None
         self.ran = False
         self.result: Any = None
@@ -102,7 +102,7 @@ class Batcher:
         due = max(simulation.now_ns, self._free[peer]) + to_ns(seconds)
         self._free[peer] = due
         wait = Wait(simulation.ready)
-        call = _Call(wait, args, sum([leaf.nbytes for leaf in leaves]))
+        call = _Call(wait, args, leaves)
         shared = self._lazy and batch != "never" and leaves
         key = (function, static, kinds, batch, structure, shapes) if shared else call
         group = self._open.get(key)
@@ -135,6 +135,7 @@ class Batcher:
         else:
             call.wait.resolve(call.result)
         call.args = ()
+        call.leaves = []
         call.result = None
 
     def _run(self, group: _Group) -> None:
@@ -163,8 +164,7 @@ class Batcher:
 
     def _together(self, group: _Group, chunks: list[list[_Call]]) -> None:
         batches = [
-            (group.function, group.batch, tree.stack([c.args for c in chunk]), group.static)
-            for chunk in chunks
+            (group.function, group.batch, _stacked(group, chunk), group.static) for chunk in chunks
         ]
         results = self._executor.run(run_batch, batches) if batches else []
         rows = [split_rows(r, len(c)) for c, r in zip(chunks, results, strict=True)]
@@ -200,7 +200,8 @@ class Batcher:
     def _chunks(self, calls: list[_Call]) -> list[list[_Call]]:
         """Parts of a group that fit the memory bound, and one per worker at least."""
         bound = self._simulation.settings.batch_bytes
-        rows = max(1, bound // max(1, calls[0].bytes))
+        size = sum([leaf.nbytes for leaf in calls[0].leaves]) if calls else 0
+        rows = max(1, bound // max(1, size))
         if self._executor.workers > 1:
             rows = min(rows, -(-len(calls) // self._executor.workers))
         return [calls[i : i + rows] for i in range(0, len(calls), rows)]
@@ -217,6 +218,20 @@ class Batcher:
         if cost is None:
             cost = self._estimates[key] = Cost(flops=count_flops(function, *args, *static))
         return cost
+
+
+def _stacked(group: _Group, calls: list[_Call]) -> Any:
+    """The arguments of all calls with a new leading axis."""
+    columns = zip(*[call.leaves for call in calls], strict=True)
+    return tree.unflatten(group.shapes[0], [_column(list(column)) for column in columns])
+
+
+def _column(tensors: list[torch.Tensor]) -> torch.Tensor:
+    first = tensors[0]
+    if all([tensor is first for tensor in tensors]):
+        # What everybody got from one sender needs no copies; functions do not write arguments.
+        return first.expand(len(tensors), *first.shape)
+    return torch.stack(tensors)
 
 
 def run_batch(
@@ -260,7 +275,7 @@ def _compare(group: _Group, calls: list[_Call]) -> str | None:
         torch.random.set_rng_state(before)
         return "draws from the global random generator (take a key from peer.key and fold it)"
     calls = calls[:3]
-    stacked = tree.stack([call.args for call in calls])
+    stacked = _stacked(group, calls)
     try:
         result = run_batch(group.function, group.batch, stacked, group.static)
         first = split_rows(result, len(calls))[0]

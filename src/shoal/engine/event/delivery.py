@@ -363,8 +363,8 @@ class Delivery:
     def _fingerprint(self, message: Message) -> str:
         return bytes_digest(*codec.encode(message))
 
-    def inspect(self, envelope: Envelope[Any]) -> Envelope[Any] | None:
-        """The message as it would come off a wire; None when it no longer decodes."""
+    def inspect(self, envelope: Envelope[Any], target: int) -> Envelope[Any] | None:
+        """The message as it would come off the target's wire; None when it no longer decodes."""
         corrupters = self._corrupters.get(envelope.source)
         if corrupters is None and not self._strict:
             return envelope
@@ -379,7 +379,7 @@ class Delivery:
             simulation.blame(simulation.runtimes[source], error)
             return None
         frame = bytearray(b"".join(parts))
-        flipped = corrupters is not None and self._flip(frame, envelope, corrupters)
+        flipped = corrupters is not None and self._flip(frame, envelope, target, corrupters)
         if not (flipped or self._strict):
             return envelope
         try:
@@ -389,17 +389,22 @@ class Delivery:
             if not flipped:
                 simulation.blame(simulation.runtimes[envelope.source], error)
             return None
-        return Envelope(envelope.source, message, envelope.size_bytes, request, envelope.key)  # type: ignore[arg-type]
+        key = envelope.key
+        if flipped:
+            # The trace tells what was delivered, which may be of another round by now.
+            key = message_key(message.code, message.tag) if message.tag else message.code
+        return Envelope(envelope.source, message, envelope.size_bytes, request, key)  # type: ignore[arg-type]
 
     def _flip(
-        self, frame: bytearray, envelope: Envelope[Any], corrupters: list[tuple[int, Corrupt]]
-    ) -> bool:
+        self, frame: bytearray, envelope: Envelope[Any], target: int,
+        corrupters: list[tuple[int, Corrupt]],
+    ) -> bool:  # fmt: skip
         """Flip the bits that the faults want; whether there was one."""
         flipped = False
         for number, fault in corrupters:
             draw = keyed.fold(
-                0, self._seed, "corrupt", envelope.source, envelope.key, self.simulation.now_ns,
-                number,
+                0, self._seed, "corrupt", envelope.source, target, envelope.key,
+                self.simulation.now_ns, number,
             )  # fmt: skip
             if keyed.unit(draw) < fault.probability:
                 bit = keyed.fold(draw, 1) % (8 * len(frame))

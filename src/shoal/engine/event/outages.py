@@ -53,13 +53,21 @@ class Outages:
         self._rounds.reverse()
         self._rounds.sort(key=lambda entry: -entry[0])
 
-    def entered(self, round: int) -> None:
-        """A peer entered a round; what is tied to it, or to one that was skipped, happens."""
+    def entered(self, peer: int, round: int) -> None:
+        """A peer enters a round; what is tied to it, or to one that was skipped, happens.
+
+        At once, so that it holds for the first message of the round as for the last. Only the
+        peer's own crash waits until its step ends: it can't be closed from inside its own code.
+        """
         rounds = self._rounds
         while rounds and rounds[-1][0] <= round:
             _, number, action = rounds.pop()
-            # After the running step: a peer must not be closed from inside its own code.
-            self._simulation.at(self._simulation.now_ns, action, number)
+            fault = self._faults[number]
+            if isinstance(fault, Crash) and peer in fault.who:
+                self._simulation.runtimes[peer].mute()
+                self._simulation.at(self._simulation.now_ns, action, number)
+            else:
+                action(number)
 
     def _await(self, number: int) -> None:
         self._awaited[number] = True
@@ -94,7 +102,7 @@ class Outages:
         else:
             simulation.delivery.begin(number, fault)
 
-    def _end(self, number: int, _: Any) -> None:
+    def _end(self, number: int, _: Any = None) -> None:
         fault = self._faults[number]
         self._arrived(number)
         if self._over[number]:

@@ -27,8 +27,8 @@ from shoal.base.units import FOREVER, to_ns, to_s
 from shoal.engine.event.batching import Batcher
 from shoal.engine.event.delivery import Delivery
 from shoal.engine.event.outages import Outages
-from shoal.engine.event.traffic import Traffic
 from shoal.engine.executor import Executor, Local
+from shoal.engine.traffic import Traffic
 from shoal.kernel.peer import Batching, Cost, Program
 from shoal.kernel.runtime import Runtime
 from shoal.kernel.tasks import drain
@@ -190,7 +190,7 @@ class Simulation:
                         faulty and b.incarnation != runtimes[source].incarnation + a.incarnation
                     ):
                         self.drop("dead")
-                    elif not inspected or (b := delivery.inspect(b)) is not None:
+                    elif not inspected or (b := delivery.inspect(b, a.id)) is not None:
                         size, target = b.size_bytes, a.id
                         log((time_ns, source, target, b.key, size))
                         received[target] += size

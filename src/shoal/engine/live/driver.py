@@ -23,6 +23,7 @@ from shoal.engine.live.outgoing import Outgoing
 from shoal.engine.live.schedule import Schedule
 from shoal.engine.live.timers import Timers
 from shoal.engine.live.transport import Transport
+from shoal.engine.traffic import Traffic
 from shoal.kernel.peer import Batching, Cost, Envelope
 from shoal.kernel.runtime import Runtime
 from shoal.kernel.tasks import drain
@@ -68,6 +69,7 @@ class Driver:
         self._stopping = loop.create_future()
         self._start: control.Start | None = None
         self._params: dict[int, Tensor] = {}
+        self._traffic = Traffic()
         self._running = 0
         self._entered = 0
         self._idle: bool | None = None
@@ -199,6 +201,7 @@ class Driver:
     def _outcome(self, watch: Stopwatch) -> Run:
         result = self.result
         result.final = dict(sorted(self._params.items()))
+        result.rows.extend(self._traffic.rows())
         result.flops = self.compute_thread.flops
         result.events = self.events + self.timers.fired
         result.wall_s, result.cpu_s = watch.wall_s, watch.cpu_s
@@ -291,6 +294,7 @@ class Driver:
         time_s = to_s(self.timers.now_ns())
         if name == "params":
             self._params[runtime.id] = value
+            self._traffic.note(runtime.round, time_s, self.result.bytes_sent)
             if self.plan.observed:
                 self._report(control.Observed(runtime.id, runtime.round, time_s, value))
             return
@@ -311,15 +315,13 @@ class Driver:
 
     def enter_round(self, runtime: Runtime, round: int) -> None:
         if self.schedule.awaits(round):
-            # After the running step: a peer must not be closed from inside its own code.
-            self.loop.call_soon(self._enter, round)
+            self.schedule.entered(round, running=True)
+            self.loop.call_soon(self._entered_first, round)
 
-    def _enter(self, round: int) -> None:
-        if self.schedule.awaits(round):
-            self.schedule.entered(round)
-            self._report(control.Entered(round))
-            self.settle()
-            self.tell_idle()
+    def _entered_first(self, round: int) -> None:
+        self._report(control.Entered(round))
+        self.settle()
+        self.tell_idle()
 
     def drop(self, reason: str) -> None:
         self.lost(reason, 1)

@@ -20,6 +20,7 @@ from shoal.engine.live import control
 from shoal.engine.live.member import InThread, Member, Spawned
 from shoal.engine.live.schedule import check_faults
 from shoal.engine.live.settings import LiveSettings
+from shoal.engine.traffic import together
 from shoal.kernel.peer import Program
 from shoal.wire.frame import agreement
 from shoal.world.network import Network
@@ -270,8 +271,9 @@ class _Launch:
         for name in ("bytes_sent", "bytes_received"):
             columns = [getattr(run, name) for run in parts] or [[0] * plan.network.peers]
             setattr(merged, name, [sum(column) for column in zip(*columns, strict=True)])
+        merged.rows += together([run.series("bytes_sent") for run in parts])
         for run in parts:
-            merged.rows += run.rows
+            merged.rows += [row for row in run.rows if row.name != "bytes_sent" or row.peer >= 0]
             merged.happenings += run.happenings
             merged.messages_sent += run.messages_sent
             merged.messages_delivered += run.messages_delivered

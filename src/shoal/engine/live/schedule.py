@@ -77,12 +77,20 @@ class Schedule:
         """Whether entering this round is news that something is tied to."""
         return round > self._entered and bool(self._rounds) and self._rounds[-1][0] <= round
 
-    def entered(self, round: int) -> None:
-        """A peer entered a round; what is tied to it, or to one that was skipped, happens."""
+    def entered(self, round: int, *, running: bool = False) -> None:
+        """A peer entered a round; what is tied to it, or to one that was skipped, happens.
+
+        running: called from inside a program's step, where links and devices may change at once
+        (so that it holds for the first message of the round, as in simulation), but no program may
+        begin or be closed.
+        """
         self._entered = max(self._entered, round)
         while self._rounds and self._rounds[-1][0] <= round:
             at, number, action = self._rounds.pop()
-            action(number, at - 1)
+            if running and isinstance(self._faults[number], (Crash, Join, Leave)):
+                self._driver.loop.call_soon(action, number, at - 1)
+            else:
+                action(number, at - 1)
 
     def may_live(self, peer: int) -> bool:
         """Whether no crash is in force; a peer that may not is due back when the last one ends."""

@@ -1,7 +1,9 @@
 """All peers of all seeds as one tensor: a round is a few calls on `[seeds * peers, dim]`.
 
 Rows of different seeds never meet: they are worlds of their own that share the arithmetic. Times
-are tensors too, so faults, loss and deadlines give the same deliveries as the event engine.
+are tensors too, so faults, loss and deadlines give the same deliveries as the event engine. One
+thing is simpler here: a peer that comes back while a round is under way goes on with the next one
+(`Run.settings["behind"]` counts those), where a program would repeat the round for itself.
 """
 
 from __future__ import annotations
@@ -14,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shoal.base.digest import bytes_digest
 from shoal.base.errors import UsageError
 from shoal.base.stopwatch import Stopwatch
 from shoal.engine.executor import Executor, Local
@@ -31,7 +32,7 @@ from shoal.tensor import keyed, tree
 from shoal.wire.codec import size_of
 from shoal.wire.message import Packed
 from shoal.world.network import Network
-from shoal.world.record import Run
+from shoal.world.record import Run, digest_of
 
 
 @dataclass(frozen=True)
@@ -171,8 +172,8 @@ class Lockstep:
         run.bytes_received = world.bytes_received.tolist()
         params = self._params()[world.rows]
         run.final = dict(enumerate(params))
-        run.state_digest = bytes_digest(memoryview(params.contiguous().cpu().numpy()).cast("B"))
-        run.settings = {**asdict(self.settings), "margin": world.margin}
+        run.state_digest = digest_of(run.final)
+        run.settings = {**asdict(self.settings), "margin": world.margin, "behind": world.behind}
         if world.measure is not None:
             run.rows.extend(world.measure.rows())
         run.wall_s, run.cpu_s = watch.wall_s / len(self.worlds), watch.cpu_s / len(self.worlds)

@@ -21,11 +21,10 @@ SUPPORTED = (Crash, Join, Leave, Partition, Slow, Loss, Hold)
 
 @dataclass(frozen=True)
 class _Moment:
-    """A peer goes down or comes up; it is alive while it went down as often as it came up."""
+    """Something happens to a peer: "crash", "restart", "join" or "leave"."""
 
     time_s: float
-    up: bool
-    hard: bool = True
+    what: str
     kept: bool = True
     round: int = 0
     """a peer that comes up at a moment tied to a round begins with that round at the earliest"""
@@ -57,6 +56,8 @@ class Timeline:
         self.death = torch.full((peers,), math.inf, dtype=torch.float64, device="cpu")
         self.hard = torch.ones(peers, dtype=torch.bool, device="cpu")
         self.kept = torch.ones(peers, dtype=torch.bool, device="cpu")
+        self._past: list[tuple[Tensor, Tensor]] = []
+        """(birth, death) of each peer's first life, second, ... once it has a later one"""
         self._times: dict[int, float] = {}
         self._seen: set[tuple[int, bool]] = set()
         self._absent = {p for f in faults if isinstance(f, Join) for p in f.who}
@@ -97,41 +98,63 @@ class Timeline:
         tied = fault.until if end else fault.at
         round = tied.round if isinstance(tied, Round) else 0
         if isinstance(fault, Crash):
-            moment = _Moment(time_s, end, kept=fault.store == "kept", round=round)
-        elif isinstance(fault, Join) and not end:
-            moment = _Moment(time_s, True, round=round)
-        elif isinstance(fault, Leave) and not end:
-            moment = _Moment(time_s, False, hard=False)
+            what = "restart" if end else "crash"
+        elif isinstance(fault, Join | Leave) and not end:
+            what = fault.kind
         else:
             return
+        # One whose end comes before its beginning does not take place.
+        if what == "restart" and self.at(fault.at) > time_s:
+            return
+        if what == "crash" and self.at(fault.until) < time_s:
+            return
+        kept = not (isinstance(fault, Crash) and fault.store == "lost")
         for peer in fault.who:
-            self._moments[peer].append(moment)
+            self._moments[peer].append(_Moment(time_s, what, kept, round))
             self._moments[peer].sort(key=lambda each: each.time_s)
             self._set(peer, self._number[peer])
 
     def _lives(self, peer: int) -> list[Life]:
-        """All lives of a peer as far as they are known, in order."""
-        down = int(peer in self._absent)
-        lives = [] if down else [Life(0.0)]
-        kept = True
+        """All lives of a peer as far as they are known, in order; the rules are `event`'s.
+
+        A peer is down while any of its crashes lasts, and comes back only if a crash or its later
+        join kept it from running; who left stays away.
+        """
+        absent = peer in self._absent
+        lives = [] if absent else [Life(0.0)]
+        alive, due, down = not absent, False, 0
         for moment in self._moments[peer]:
-            if moment.up:
-                down -= 1
-                if down == 0:
-                    lives.append(Life(moment.time_s, round=moment.round))
-            else:
+            starts = False
+            if moment.what == "crash":
                 down += 1
-                kept = moment.kept if down == 1 else kept and moment.kept
-                if down == 1:
-                    last = lives[-1]
-                    lives[-1] = Life(last.birth_s, moment.time_s, moment.hard, kept, last.round)
-                elif lives:
-                    lives[-1] = replace(lives[-1], kept=kept)
+                if alive:
+                    alive, due = False, True
+                    lives[-1] = replace(lives[-1], death_s=moment.time_s, kept=moment.kept)
+                elif lives and not moment.kept:
+                    lives[-1] = replace(lives[-1], kept=False)
+            elif moment.what == "restart":
+                down -= 1
+                starts = due and not down
+            elif moment.what == "join":
+                starts = absent and not down
+                due = due or (absent and down > 0)
+                absent = False
+            else:
+                absent = due = False
+                if alive:
+                    alive = False
+                    lives[-1] = replace(lives[-1], death_s=moment.time_s, hard=False)
+            if starts:
+                alive, due = True, False
+                lives.append(Life(moment.time_s, round=moment.round))
         return lives
 
     def _set(self, peer: int, number: int) -> bool:
         lives = self._lives(peer)
         if number >= len(lives):
+            if number == self._number[peer]:
+                # What became known since (a crash at a round) undid this life.
+                self.birth[peer] = self.death[peer] = math.inf
             return False
         life = lives[number]
         self._number[peer] = number
@@ -141,7 +164,26 @@ class Timeline:
 
     def next_life(self, peer: int) -> bool:
         """Move on to the life after the present death; False when there is none (yet)."""
-        return self._set(peer, self._number[peer] + 1)
+        number = self._number[peer]
+        birth, death = self.birth[peer].clone(), self.death[peer].clone()
+        if not self._set(peer, number + 1):
+            return False
+        if number == len(self._past):
+            none = torch.full_like(self.birth, math.inf)
+            self._past.append((none, -none))
+        self._past[number][0][peer], self._past[number][1][peer] = birth, death
+        return True
+
+    def lives_through(self, peer: Tensor, from_s: Tensor, until_s: Tensor) -> Tensor:
+        """Whether peers live in one piece from when a message leaves until it arrives.
+
+        Past lives count: others may be rounds ahead of a peer that has already been given its next
+        one. All tensors of one shape.
+        """
+        there = (from_s >= self.birth[peer]) & (until_s < self.death[peer])
+        for birth, death in self._past:
+            there |= (from_s >= birth[peer]) & (until_s < death[peer])
+        return there
 
     def first_round(self, peer: int) -> int:
         """The earliest round of the present life."""

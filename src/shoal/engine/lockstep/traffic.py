@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -14,18 +14,50 @@ from shoal.world.links import fifo_finish
 from shoal.world.network import Network
 
 
+@dataclass(frozen=True)
+class Queued:
+    """What a wave put on its receivers' downlinks: all [receivers, k] but `receiver`.
+
+    A peer that is a round ahead sends before a slow one has finished the round, so waves overlap
+    at a downlink. Whoever comes first is served first, whichever wave it belongs to.
+    """
+
+    receiver: Tensor
+    first: Tensor
+    """when the first byte got there, which is the order of service"""
+    start: Tensor
+    """when its service began"""
+    service: Tensor
+    passes: Tensor
+
+    def of_receivers(self, receiver: Tensor, peers: int) -> Queued:
+        """The same for these receivers; those that it does not know have nothing queued."""
+        if receiver is self.receiver or torch.equal(receiver, self.receiver):
+            return self
+        place = torch.full((peers,), -1, device=receiver.device)
+        place[self.receiver] = torch.arange(len(self.receiver), device=receiver.device)
+        place = place[receiver]
+        rows = place.clamp(min=0)
+        known = (place >= 0).unsqueeze(-1)
+        return Queued(
+            receiver, self.first[rows], self.start[rows], self.service[rows],
+            self.passes[rows] & known,
+        )  # fmt: skip
+
+
 @dataclass
 class Wires:
     """Links of one seed's world, with the state of its queues. Peers are 0..n-1."""
 
     network: Network
     up_free: Tensor
-    down_free: Tensor
+    queued: dict[type, Queued] = field(default_factory=dict)
+    """the latest wave of each kind of message"""
 
     @classmethod
     def of(cls, network: Network) -> Wires:
         free = torch.zeros(network.peers, dtype=torch.float64, device="cpu")
-        return cls(network, free, free.clone())
+        return cls(network, free)
 
 
 @dataclass(frozen=True)
@@ -70,23 +102,24 @@ class Arrivals:
     arrive: Tensor
     dropped: dict[str, int]
     up_free: Tensor
-    down_free: Tensor
+    queued: Queued | None
 
 
 def arrivals(
-    wires: Wires, timeline: Timeline, slots: Slots, sent_s: Tensor, size_bytes: Tensor, key: int
-) -> Arrivals:
+    wires: Wires, timeline: Timeline, slots: Slots, sent_s: Tensor, size_bytes: Tensor, key: int,
+    kind: type,
+) -> Arrivals:  # fmt: skip
     """Arrival times of a wave. sent_s [peers] (inf = did not send), size_bytes [peers]."""
     links, source = wires.network.links, slots.source
     if links.plain and not timeline.faults:
         # One latency for everybody and nothing that gets lost: no formula needs to be asked.
         latency_s = links.latency_of_s(0, 0)
         arrive = torch.where(slots.exists, sent_s[source] + latency_s, math.inf)
-        return Arrivals(arrive, {}, wires.up_free, wires.down_free)
+        return Arrivals(arrive, {}, wires.up_free, None)
     target = slots.receiver.unsqueeze(-1).expand_as(source)
     sends = slots.exists & torch.isfinite(sent_s)[source]
-    begin = end = torch.where(sends, sent_s[source], math.inf)
-    up_free, down_free = wires.up_free, wires.down_free
+    begin = end = begin_s = torch.where(sends, sent_s[source], math.inf)
+    up_free, queued = wires.up_free, None
     size = size_bytes[source].to(torch.float64)
     if links.sharing:
         peers = torch.arange(len(sent_s))
@@ -102,31 +135,42 @@ def arrivals(
     )
     lost = links.lost(source, target, key, extra) & ~blocked
     passes = sends & ~blocked & ~lost
-    # What its receiver was not alive for when it left reaches no one.
-    passes &= (sent_s[source] >= timeline.birth[target]) & torch.isfinite(timeline.birth[target])
     if links.sharing:
         taking = size / links.downlink_of(target)
         first = torch.maximum(torch.maximum(begin + delay, end + delay - taking), held)
-        # The queue may still be busy with the wave before.
-        first = torch.maximum(first, down_free[slots.receiver].unsqueeze(-1))
-        arrive = fifo_finish(first, taking, passes)
-        last = (
-            torch.where(passes, arrive, 0.0).sum(-1)
-            if not passes.shape[-1]
-            else torch.where(passes, arrive, 0.0).amax(-1)
-        )
-        down_free = down_free.index_put((slots.receiver,), last.maximum(down_free[slots.receiver]))
+        earlier = wires.queued.get(kind)
+        arrive = _served(first, taking, passes, earlier, slots.receiver, len(sent_s))
+        queued = Queued(slots.receiver, first, arrive - taking, taking, passes)
     else:
         arrive = torch.maximum(end + delay, held)
     arrive = torch.where(passes, arrive, math.inf)
     # A crash takes what is in flight from and to the peer with it.
     source_death = torch.where(timeline.hard, timeline.death, math.inf)[source]
-    dead = passes & ((arrive >= source_death) | (arrive >= timeline.death[target]))
+    there = timeline.lives_through(target, begin_s, arrive)
+    dead = passes & ((arrive >= source_death) | ~there)
     arrive = torch.where(dead, math.inf, arrive)
-    born = sends & ~blocked & ~lost & ~passes
     dropped = {
         "partition": int((sends & blocked).sum()),
         "lost": int((sends & lost).sum()),
-        "dead": int(dead.sum()) + int(born.sum()),
+        "dead": int(dead.sum()),
     }
-    return Arrivals(arrive, dropped, up_free, down_free)
+    return Arrivals(arrive, dropped, up_free, queued)
+
+
+def _served(
+    first: Tensor, service: Tensor, passes: Tensor, earlier: Queued | None, receiver: Tensor,
+    peers: int,
+) -> Tensor:  # fmt: skip
+    """When each message of a wave [receivers, k] has passed its receiver's downlink.
+
+    The wave before stands in the queue as it was served. That a message may delay one of an earlier
+    wave is left out: it shifts a late arrival by a service time.
+    """
+    if earlier is None:
+        return fifo_finish(first, service, passes)
+    before = earlier.of_receivers(receiver, peers)
+    finish = fifo_finish(
+        torch.cat((before.first, first), -1), torch.cat((before.service, service), -1),
+        torch.cat((before.passes, passes), -1), torch.cat((before.start, first), -1),
+    )  # fmt: skip
+    return finish[..., before.first.shape[-1] :]

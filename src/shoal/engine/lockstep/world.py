@@ -62,6 +62,9 @@ class World:
         """peers that begin a new life, and whether their store was kept"""
         self.margin = math.inf
         """the nearest that any arrival came to its deadline, as a part of a round"""
+        self.behind = 0
+        """how many times a peer came back with a round before it that the others had left; it goes
+        on with them here, and repeats that round alone in the other engines"""
         self._wires = Wires.of(network)
         self._slots: dict[int, tuple[Hop, Tensor, Slots]] = {}
         self._asked: tuple[Tensor, Slots] | None = None
@@ -91,6 +94,8 @@ class World:
             if timeline.next_life(peer):
                 self.reset.append((peer, kept))
                 self._born(peer, int(self.stored[peer]) if kept else -1)
+        # A crash at a round may keep a peer from a life that was foreseen.
+        self.next_round[(self.next_round >= 0) & torch.isinf(timeline.birth)] = -1
         fresh = (self.next_round == -1) & torch.isfinite(timeline.birth)
         for peer in fresh.nonzero().flatten().tolist():
             self._born(peer, -1)
@@ -99,10 +104,13 @@ class World:
         birth = float(self.timeline.birth[peer])
         self.clock[peer] = birth
         schedule = int(birth / self.method.round_s)
-        self.next_round[peer] = max(stored + 1, schedule, self.timeline.first_round(peer))
+        first = max(stored + 1, schedule, self.timeline.first_round(peer))
+        self.behind += first < self._round
+        self.next_round[peer] = first
 
     def _alive(self) -> Tensor:
-        return (self.next_round >= 0) & (self.clock < self.timeline.death)
+        timeline = self.timeline
+        return (self.next_round >= 0) & (self.clock < timeline.death) & (self.clock >= timeline.birth)
 
     # A round, in the order in which the engine calls.
 
@@ -212,7 +220,7 @@ class World:
         if hop == hops - 1 and round + 1 in self.timeline.rounds():
             # A moment tied to the next round is when the first peer gets there; nothing that it
             # changes can make that peer any faster or slower.
-            trial = self._arrive(slots, sent_s, size_bytes, key)
+            trial = self._arrive(slots, sent_s, size_bytes, key, Update)
             _, done = self._finish(slots, trial.arrive, deadline, combine_s)
             self._enter(round + 1, done[torch.isfinite(done)])
         arrive = self._send(slots, sent_s, size_bytes, key, Update)
@@ -249,15 +257,19 @@ class World:
         self.clock[bad] = torch.where(sends[bad], sent_s[bad], self.clock[bad])
         return sent_s
 
-    def _arrive(self, slots: Slots, sent_s: Tensor, size_bytes: Tensor, key: int) -> Arrivals:
-        return arrivals(self._wires, self.timeline, slots, sent_s, size_bytes, key)
+    def _arrive(
+        self, slots: Slots, sent_s: Tensor, size_bytes: Tensor, key: int, kind: type
+    ) -> Arrivals:
+        return arrivals(self._wires, self.timeline, slots, sent_s, size_bytes, key, kind)
 
     def _send(
         self, slots: Slots, sent_s: Tensor, size_bytes: Tensor, key: int, kind: type
     ) -> Tensor:
         """Arrival times [receivers, k]; counts bytes and losses."""
-        made = self._arrive(slots, sent_s, size_bytes, key)
-        self._wires.up_free, self._wires.down_free = made.up_free, made.down_free
+        made = self._arrive(slots, sent_s, size_bytes, key, kind)
+        self._wires.up_free = made.up_free
+        if made.queued is not None:
+            self._wires.queued[kind] = made.queued
         run = self.run
         leaves = slots.exists & torch.isfinite(sent_s)[slots.source]
         count = torch.zeros_like(self.bytes_sent)
@@ -302,10 +314,11 @@ class World:
 
     def conclude(self) -> Tensor:
         """bool [peers]: who got through the round alive; they keep what they computed."""
-        self.done = done = self.on & (self.clock < self.timeline.death)
+        # Who enters the next round first may die of that, with this round behind it.
+        self.done = done = self.on & (self.clock <= self.timeline.death)
         hub = self.method.exchange.hub
         if hub is not None:
-            self.led = bool(self.listens[hub] & (self.clock[hub] < self.timeline.death[hub]))
+            self.led = bool(self.listens[hub] & (self.clock[hub] <= self.timeline.death[hub]))
         every = self.method.checkpoint_every
         if every and (self._round + 1) % every == 0:
             store_s = self.network.device.store_s

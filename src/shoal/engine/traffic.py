@@ -1,4 +1,7 @@
-"""The series "bytes_sent": what all peers together had sent when a model was recorded."""
+"""The series "bytes_sent": what all peers together had sent when a model was recorded.
+
+Reports plot every metric over it, so all engines that go peer by peer keep it here.
+"""
 
 from __future__ import annotations
 
@@ -42,3 +45,23 @@ class Traffic:
         points = [(time_s, total, round) for round, (time_s, total) in self._rounds.items()]
         points += [(time_s, total, -1) for time_s, total in self._moments.items()]
         return [Row("bytes_sent", float(total), at, round) for at, total, round in sorted(points)]
+
+
+def together(parts: Sequence[Sequence[Row]]) -> list[Row]:
+    """The series of a run whose peers were spread over processes, from the series of each.
+
+    At each point of any part, all parts' latest values are added up; of a round the last point
+    stays, which is when the last of its peers recorded a model.
+
+    >>> one, other = [Row("bytes_sent", 5.0, 1.0, 0)], [Row("bytes_sent", 7.0, 1.5, 0)]
+    >>> [(row.time_s, row.value, row.round) for row in together([one, other])]
+    [(1.5, 12.0, 0)]
+    """
+    latest = [0.0] * len(parts)
+    points: dict[object, Row] = {}
+    every = [(row.time_s, part, row) for part, rows in enumerate(parts) for row in rows]
+    for time_s, part, row in sorted(every, key=lambda entry: entry[:2]):
+        latest[part] = max(latest[part], row.value)
+        key = row.round if row.round >= 0 else ("moment", time_s)
+        points[key] = Row("bytes_sent", sum(latest), time_s, row.round)
+    return sorted(points.values(), key=lambda row: row.time_s)
