@@ -335,7 +335,26 @@ def parts_page() -> str:
 
     shared = ("who", "at", "until")
     lines += [_part_row(kind, cls, shared) for kind, cls in KINDS.items()]
+    lines += ["", "## Building blocks", ""]
+    lines += [
+        "Not named in scenarios; systems and your own code import them from `shoal.parts`.",
+        "",
+    ]
+    lines += ["| module | what it is |", "|---|---|", *_blocks()]
     return "\n".join(lines) + "\n"
+
+
+def _blocks() -> Iterator[str]:
+    """A row for each module of the roles that no scenario field holds."""
+    from shoal import parts
+
+    for role in parts.roles():
+        if role in (*ROLES.values(), "measure"):
+            continue
+        for name in parts.names(role):
+            text = (_PACKAGE / "parts" / role / f"{name}.py").read_text(encoding="utf-8")
+            doc = " ".join((ast.get_docstring(ast.parse(text)) or "").split("\n\n")[0].split())
+            yield f"| `{role}.{name}` | {doc} |"
 
 
 def _parts(field: str, role: str) -> Iterator[tuple[str, Any]]:
