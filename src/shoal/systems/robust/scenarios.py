@@ -9,4 +9,12 @@ SCENARIOS = {
         task={"name": "digits", "split": "dirichlet", "alpha": 1.0, "hidden": [32]},
         attack={"name": "alie", "factor": "search"}, exchange={"name": "first_come"},
     ),
+    # 50 peers, some of them hubs; half of them share 400 real 8x8 digits, the others relay.
+    "digits_disaster": Scenario(
+        name="robust.digits_disaster", peers=50, rounds=60, eval_every=5,
+        task={"name": "digits", "split": "iid", "train_samples": 400, "hidden": [64]},
+        topology={"name": "barabasi_albert", "attach": 2},
+        links={"name": "links", "latency_s": 0.05},
+        device={"name": "device", "flops_per_s": 1e8},
+    ),
 }  # fmt: skip
