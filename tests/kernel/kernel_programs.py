@@ -68,7 +68,7 @@ async def idle(peer: Any) -> None:
 
 
 def mix(own: Tensor, others: Tensor) -> Tensor:
-    """A step towards the mean with a transcendental function in it; [..., dim] and [..., k, dim]."""
+    """A step towards the mean: own [..., dim], others [..., k, dim]."""
     return torch.tanh(0.5 * own + 0.5 * others.sum(-2) / others.shape[-2])
 
 

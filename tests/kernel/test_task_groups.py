@@ -9,6 +9,7 @@ from kernel_programs import LATE_S, Note, event, idle
 
 from shoal.base.errors import Cancelled, Leaving, ProgramError
 from shoal.world.faults import Crash, Leave
+from shoal.world.links import Links
 
 
 async def sleeps(peer: Any, until_s: float, log: list[Any], name: str) -> str:
@@ -47,11 +48,14 @@ def test_a_failing_child_cancels_its_siblings_and_the_body() -> None:
     log: list[Any] = []
 
     async def run(peer: Any) -> None:
-        with pytest.raises(ValueError, match="own error"):
+        async def group_of_three() -> None:
             async with peer.tasks() as group:
                 group.start(sleeps(peer, 9.0, log, "sibling"))
                 group.start(fails(peer, 1.0))
                 await sleeps(peer, 8.0, log, "body")
+
+        with pytest.raises(ValueError, match="own error"):
+            await group_of_three()
         log.append(("after", peer.now(), len(peer.tasks_alive)))
         # The body's notice must not outlive the group.
         await peer.sleep_until(2.0)
@@ -88,11 +92,14 @@ def test_a_failing_body_cancels_the_children_and_waits_for_their_cleaning_up() -
             log.append(("cleaned", peer.now()))
 
     async def run(peer: Any) -> None:
-        with pytest.raises(KeyError):
+        async def failing_body() -> None:
             async with peer.tasks() as group:
                 group.start(child(peer))
                 await peer.sleep_until(1.0)
                 raise KeyError("body")
+
+        with pytest.raises(KeyError, match="body"):
+            await failing_body()
         log.append(("after", peer.now(), len(peer.tasks_alive)))
 
     event(run)
@@ -225,8 +232,6 @@ def test_what_a_closing_coroutine_still_asks_for_is_not_heard() -> None:
 
 
 def test_messages_in_flight_from_and_to_a_crashed_peer_are_lost() -> None:
-    from shoal.world.links import Links
-
     heard: list[Any] = []
 
     async def crashes(peer: Any) -> None:
