@@ -165,10 +165,14 @@ def test_cancelled_tasks_and_failing_children() -> None:
             handle = group.start(waits())
             await peer.sleep_until(peer.now() + 0.01)
             handle.cancel()
-        with pytest.raises(ValueError, match="child"):
+
+        async def together() -> None:
             async with peer.tasks() as group:
                 group.start(waits())
                 group.start(raises())
+
+        with pytest.raises(ValueError, match="child"):
+            await together()
 
     assert values(live(groups), "cleaned") == [1.0, 1.0]
 

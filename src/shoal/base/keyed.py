@@ -34,7 +34,7 @@ def word(text: str) -> int:
 def fold(state: int, *key: Word) -> int:
     """64 mixed bits of `state` and the words of `key`; `fold(fold(s, a), b) == fold(s, a, b)`."""
     for part in key:
-        bits = part if part.__class__ is int else word(part) if isinstance(part, str) else int(part)
+        bits = part if type(part) is int else word(part) if isinstance(part, str) else int(part)
         z = ((state ^ bits) + GOLDEN) & MASK
         z = ((z ^ (z >> 30)) * MIX_1) & MASK
         z = ((z ^ (z >> 27)) * MIX_2) & MASK

@@ -1,4 +1,4 @@
-"""Where arithmetic runs. The scheduler stays one deterministic process; only calls are farmed out."""
+"""Where arithmetic runs. The scheduler stays one deterministic process; calls are farmed out."""
 
 from __future__ import annotations
 

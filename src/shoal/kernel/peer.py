@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, TypeVar
 import msgspec
 
 from shoal.base.ids import PeerId, Tag
-from shoal.wire.message import Message
 
 if TYPE_CHECKING:
     import torch
@@ -50,7 +49,7 @@ class Envelope(msgspec.Struct, Generic[M], eq=False):
 
     @property
     def tag(self) -> Tag:
-        return self.message.tag
+        return self.message.tag  # pyright: ignore[reportAttributeAccessIssue]
 
     def __repr__(self) -> str:
         return f"Envelope(source={self.source}, message={self.message!r})"
@@ -138,9 +137,7 @@ class Peer(Protocol):
         """Send and wait for the handler's answer; DeadlineExceeded, PeerUnreachable, PeerError."""
         ...
 
-    def serve(
-        self, kind: type[M], handler: Callable[[Envelope[M]], Awaitable[object]]
-    ) -> None:
+    def serve(self, kind: type[M], handler: Callable[[Envelope[M]], Awaitable[object]]) -> None:
         """Handle every message of a kind in a task of its own, at most `in_flight` at once."""
         ...
 

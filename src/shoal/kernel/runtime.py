@@ -254,8 +254,7 @@ class Runtime:
             if envelope is not None:
                 return envelope
         at = to_ns(deadline)
-        now = host.local_ns(self)
-        if at <= now:
+        if at < FOREVER and at <= (now := host.local_ns(self)):
             mailbox.waiting(kind)
             self._past(now)
             return None

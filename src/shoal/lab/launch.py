@@ -32,7 +32,8 @@ def launch(
         return launch_seeds(what, [scenario], [seed], engine=engine, progress=progress)[0]
     if engine not in ("auto", "event", "live"):
         raise UsageError(
-            f"engine {engine!r} cannot run a program (use 'event' or 'live'; lockstep runs strategies)"
+            f"engine {engine!r} cannot run a program (use 'event' or 'live'; lockstep is for "
+            "strategies)"
         )
     pieces = build(replace(scenario, seed=seed))
     network = network_of(scenario, pieces)
@@ -167,13 +168,7 @@ def _run_program(
             final=_final(scenario),
         )  # fmt: skip
     horizon_s = float("inf") if scenario.seconds is None else scenario.seconds
-    note = None
-    if progress is not None:
-        whole = scenario.seconds
-
-        def note(virtual_s: float, events: int) -> None:
-            part = min(1.0, virtual_s / whole) if whole else 0.0
-            progress(part, f"{virtual_s:.1f} s virtual, {events:,} events")
+    note = None if progress is None else _seconds_note(progress, scenario.seconds)
 
     if engine == "live":
         from shoal.engine.live import LiveSettings, run_live
@@ -192,6 +187,14 @@ def _final(scenario: Scenario) -> tuple[Any, ...]:
     from shoal.parts import find
 
     return tuple(find("measure", name)() for name in scenario.measures)
+
+
+def _seconds_note(progress: Progress, whole_s: float | None) -> Any:
+    def note(virtual_s: float, events: int) -> None:
+        part = min(1.0, virtual_s / whole_s) if whole_s else 0.0
+        progress(part, f"{virtual_s:.1f} s virtual, {events:,} events")
+
+    return note
 
 
 def _rounds_note(progress: Progress, rounds: int) -> Any:

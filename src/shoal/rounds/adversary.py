@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -191,8 +191,8 @@ class _Collected:
     def vectors_for(self, peer: int, receivers: Sequence[int], method: Method) -> dict[int, Vector]:
         index = self.order.index(peer)
         if self.result.dim() == 2:
-            return dict.fromkeys(receivers, self.result[index])
+            return dict.fromkeys(receivers, cast("Vector", self.result[index]))
         # Equivocation: a row per honest receiver; other attackers get the own row's first.
         places = {p: i for i, p in enumerate(self.honest)}
-        result: Tensor = self.result
+        result: Stack = self.result
         return {r: result[places.get(r, 0), index] for r in receivers}

@@ -18,7 +18,7 @@ class Hop:
     own:       float [receivers] what the own vector counts; weights and own sum to 1 when
                present. A lost or absent source's weight goes to `own`.
     receivers: int64 [receivers], ascending, or None = all peers: with a hub just the hub
-    taken:     bool [receivers, k] or None = all. Everybody sends to all who have it as a source, but a
+    taken:     bool [receivers, k] or None = all. Everybody sends to all who have it as a source; a
                receiver waits for and uses only the taken ones ("the first n - f to arrive").
     """
 

@@ -63,7 +63,7 @@ class Measure:
             self._close(min(self._open))
 
     def stacked(self, round: int, times_s: Tensor, present: Tensor, params: Tensor) -> None:
-        """Models of all peers after a round: times [peers], present [peers], params [peers, dim]."""
+        """All peers' models after a round: times [peers], present [peers], params [peers, dim]."""
         times = times_s.tolist()
         group = {
             p: (times[p], params[p]) for p, here in enumerate(present.tolist())

@@ -83,8 +83,8 @@ class Method:
             )
         if self.rounds < 1 or not self.round_s > 0:
             raise UsageError(
-                f"rounds={self.rounds}, round_s={self.round_s}; need at least one round of positive "
-                "length"
+                f"rounds={self.rounds}, round_s={self.round_s}; need at least one round of "
+                "positive length"
             )
         if self.byzantine and self.attack is None:
             raise UsageError("byzantine peers without an attack (name one, or set byzantine to 0)")
@@ -302,7 +302,7 @@ def conclude(
     taught: Tensor | None, extras: tuple[Mapping[str, Tensor], ...], sent: Vector, shard: Shard,
     key: Key, method: Method, round: int,
 ) -> tuple[Any, Vector]:  # fmt: skip
-    """The last hop: combine, then apply. `own` enters the aggregate, `sent` is the first payload."""
+    """The last hop: combine, then apply. `own` is aggregated, `sent` is the first payload."""
     vector, count, extra = combine(own, payloads, mask, mixing, taught, extras, method)
     return apply(state, Heard(vector, count, extra), sent, shard, key, method, round)
 

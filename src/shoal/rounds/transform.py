@@ -1,4 +1,4 @@
-"""What happens to a vector on its way: compression, quantisation, error feedback, clip and noise."""
+"""What happens to a vector on its way: compression, quantising, error feedback, clip and noise."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ Stack = Tensor
 """Several vectors for one receiver, `[..., k, dim]`."""
 
 Mask = Tensor
-"""Booleans, `[..., k]` or `[...]`; False means absent, and an absent row's numbers are arbitrary."""
+"""Booleans, `[..., k]` or `[...]`; False means absent: that row's numbers are arbitrary."""
 
 Weight = Tensor
 """Non-negative weights, `[..., k]`; not normalised unless a docstring says so."""

@@ -125,7 +125,7 @@ def _raw(part: Any) -> Buffer:
         return b""
     # Not `reshape(-1)`: an axis of length 1 counts as contiguous and may keep any stride.
     flat = dense.as_strided((dense.numel(),), (1,))
-    return memoryview(flat.view(torch.uint8).numpy())
+    return flat.view(torch.uint8).numpy().data
 
 
 def encode(message: Message, request: int = 0) -> list[Buffer]:

@@ -187,7 +187,7 @@ def _place(prefix: Prefix) -> memoryview:
     raw = np.empty(total + ALIGNMENT, dtype=np.uint8)
     body = raw.__array_interface__["data"][0] + total - prefix.body_bytes
     shift = -body % ALIGNMENT
-    return memoryview(raw)[shift : shift + total]
+    return raw.data[shift : shift + total]
 
 
 class Outbox:

@@ -12,6 +12,7 @@ Messages, and the tensors in them, are immutable once sent.
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable
 from operator import attrgetter
@@ -110,7 +111,7 @@ def message(declared: type | None = None, *, tag: tuple[str, ...] = ()) -> Any:
 
 def _declare(declared: type, tag: tuple[str, ...]) -> type[Message]:
     module = sys.modules.get(declared.__module__)
-    names = declared.__dict__.get("__annotations__", {})
+    names = inspect.get_annotations(declared)
     hints = get_type_hints(declared, vars(module) if module else None, include_extras=True)
     for name in tag:
         if name not in names:

@@ -228,7 +228,7 @@ def _stacked(group: _Group, calls: list[_Call]) -> Any:
 
 def _column(tensors: list[torch.Tensor]) -> torch.Tensor:
     first = tensors[0]
-    if all([tensor is first for tensor in tensors]):
+    if all(tensor is first for tensor in tensors):
         # What everybody got from one sender needs no copies; functions do not write arguments.
         return first.expand(len(tensors), *first.shape)
     return torch.stack(tensors)

@@ -109,8 +109,8 @@ class World:
         self.next_round[peer] = first
 
     def _alive(self) -> Tensor:
-        timeline = self.timeline
-        return (self.next_round >= 0) & (self.clock < timeline.death) & (self.clock >= timeline.birth)
+        inside = (self.clock >= self.timeline.birth) & (self.clock < self.timeline.death)
+        return (self.next_round >= 0) & inside
 
     # A round, in the order in which the engine calls.
 

@@ -16,9 +16,9 @@ from torch.func import functional_call, grad, vmap
 where_positive = torch.ops.aten.threshold_backward.grad_input
 
 
-def _orders(peers: int, samples: int, batch: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Every peer's samples in a fresh order, [peers, at most batch] at a time."""
-    order = torch.rand(peers, samples, generator=generator).argsort(1)
+def _orders(y: Tensor, batch: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """The samples of y [peers, samples] in a fresh order, [peers, at most batch] at a time."""
+    order = torch.rand(y.shape, generator=generator, device=generator.device).argsort(1)
     yield from order.split(batch, 1)
 
 
@@ -41,9 +41,9 @@ class VmapLoop:
 
     def round(self) -> None:
         values = list(self.tensors.values())
-        for part in _orders(*self.y.shape, self.batch, self.generator):
+        for part in _orders(self.y, self.batch, self.generator):
             found = self.gradient(self.tensors, self.x[self.rows, part], self.y[self.rows, part])
-            torch._foreach_add_(values, [found[n] for n in self.tensors], alpha=-self.lr)
+            torch._foreach_add_(values, [found[n] for n in self.tensors], alpha=-self.lr)  # pyright: ignore[reportPrivateImportUsage]
         for value in values:
             value.copy_(value.mean(0, keepdim=True).expand_as(value))
 
@@ -86,7 +86,7 @@ class StackedMLP:
     def round(self) -> None:
         lr, features = self.lr, self.x.reshape(-1, self.x.shape[-1])
         labels = self.y.reshape(-1)
-        for part in _orders(*self.y.shape, self.batch, self.generator):
+        for part in _orders(self.y, self.batch, self.generator):
             count = part.shape[1]
             flat = (part + self.place).reshape(-1)
             x, h, o, dh = self._buffers(count)
@@ -124,24 +124,24 @@ class ChannelsLastLoop:
         import copy
 
         last = torch.channels_last
-        self.modules = [copy.deepcopy(module).to(memory_format=last) for _ in x]
+        self.modules = [copy.deepcopy(module).to(memory_format=last) for _ in x]  # pyright: ignore[reportCallIssue]
         self.values = [list(m.parameters()) for m in self.modules]
         self.x = [part.contiguous(memory_format=last) for part in x]
         self.y, self.lr, self.batch = y, lr, batch
         self.generator = torch.Generator().manual_seed(0)
 
     def round(self) -> None:
-        for part in _orders(*self.y.shape, self.batch, self.generator):
+        for part in _orders(self.y, self.batch, self.generator):
             for i, (module, values) in enumerate(zip(self.modules, self.values, strict=True)):
                 output = module(self.x[i].index_select(0, part[i]))
                 loss = nn.functional.cross_entropy(output, self.y[i].index_select(0, part[i]))
                 found = torch.autograd.grad(loss, values)
                 with torch.no_grad():
-                    torch._foreach_add_(values, found, alpha=-self.lr)
+                    torch._foreach_add_(values, found, alpha=-self.lr)  # pyright: ignore[reportPrivateImportUsage]
         with torch.no_grad():
             for copies in zip(*self.values, strict=True):
                 mean = torch.stack(copies).mean(0)
-                torch._foreach_copy_(list(copies), [mean] * len(copies))
+                torch._foreach_copy_(list(copies), [mean] * len(copies))  # pyright: ignore[reportPrivateImportUsage]
 
     def params(self) -> Tensor:
         """The first peer's parameters as one vector."""

@@ -16,14 +16,13 @@ from shoal.lab.bench._workload import BATCH, LR, Workload
 from shoal.rounds.adapter import Rounds
 
 if TYPE_CHECKING:
-    from shoal.parts.tasks.base import ModuleTask
     from shoal.rounds.method import Method
     from shoal.world.network import Network
 
 Loop = Callable[..., Any]
 
 
-def start(task: ModuleTask, workload: Workload, loop: Loop) -> Any:
+def start(task: Any, workload: Workload, loop: Loop) -> Any:
     """A loop with the workload's data and the run's own initial parameters."""
     from shoal.tensor import keyed
 
@@ -74,7 +73,11 @@ class Contest:
         """Seconds per round of each contestant."""
 
         def turning(loop: Any) -> Callable[[], None]:
-            return lambda: [loop.round() for _ in range(self.rounds)] and None
+            def turn() -> None:
+                for _ in range(self.rounds):
+                    loop.round()
+
+            return turn
 
         contestants = {name: turning(loop) for name, loop in self.loops.items()}
         return alternate({**contestants, **self.engines}, repeats, note, self.rounds)

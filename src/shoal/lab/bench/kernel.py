@@ -9,7 +9,7 @@ writes cables (a process for each message). The bare loop pushes and pops a heap
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from heapq import heappop, heappush
 from importlib.util import find_spec
@@ -30,9 +30,16 @@ PEERS = 100
 LATENCY_S = 0.01
 
 
-@message(tag=("turn",))
+@message
 class Token:
-    """What goes round."""
+    """What goes round on plain links; like an object in SimPy's store, it has no tag."""
+
+    turn: int
+
+
+@message(tag=("turn",))
+class Tagged:
+    """What goes round elsewhere: whether it is lost depends on its turn."""
 
     turn: int
 
@@ -45,13 +52,14 @@ class Circle:
     peers: int
     patience_s: float = math.inf
     watch: Callable[[], None] | None = None
+    kind: type = Token
 
     async def run(self, peer: Peer) -> None:
         to, forever = (peer.id + 1) % self.peers, self.patience_s == math.inf
         for turn in range(self.turns):
-            await peer.send(to, Token(turn))  # type: ignore[arg-type]
+            await peer.send(to, self.kind(turn))  # type: ignore[arg-type]
             deadline = math.inf if forever else peer.now() + self.patience_s
-            await peer.recv(Token, deadline=deadline)
+            await peer.recv(self.kind, deadline=deadline)
             if self.watch is not None:
                 self.watch()
 
@@ -68,7 +76,7 @@ def full(turns: int) -> Any:
         downlink_bytes_per_s=1e6, loss=0.001,
     )  # fmt: skip
     faults = (Crash(who=(0,), at=LATENCY_S * turns * 1e3),)
-    return simulate(Circle(turns, PEERS, 0.5), Network(PEERS, links=links, faults=faults),
+    return simulate(Circle(turns, PEERS, 0.5, kind=Tagged), Network(PEERS, links=links, faults=faults),
                     settings=EventSettings(horizon_s=LATENCY_S * turns * 100))  # fmt: skip
 
 
@@ -119,7 +127,7 @@ def simpy_short(turns: int) -> None:
     world = simpy.Environment()
     stores = [simpy.Store(world) for _ in range(PEERS)]
 
-    def peer(number: int) -> Iterator[Any]:
+    def peer(number: int) -> Generator[Any, Any, None]:
         own, following = stores[number], stores[(number + 1) % PEERS]
         for turn in range(turns):
             yield world.timeout(LATENCY_S)
@@ -138,11 +146,11 @@ def simpy_cables(turns: int) -> None:
     world = simpy.Environment()
     stores = [simpy.Store(world) for _ in range(PEERS)]
 
-    def carry(store: Any, turn: int) -> Iterator[Any]:
+    def carry(store: Any, turn: int) -> Generator[Any, Any, None]:
         yield world.timeout(LATENCY_S)
         store.put(turn)
 
-    def peer(number: int) -> Iterator[Any]:
+    def peer(number: int) -> Generator[Any, Any, None]:
         own, following = stores[number], stores[(number + 1) % PEERS]
         for turn in range(turns):
             world.process(carry(following, turn))
@@ -153,7 +161,7 @@ def simpy_cables(turns: int) -> None:
     world.run()
 
 
-def measure(tiny: bool, note: Note) -> Iterator[Row]:
+def measure(tiny: bool, note: Note) -> Generator[Row]:
     turns = 20 if tiny else 1_500
     delivered: dict[str, int] = {}
 

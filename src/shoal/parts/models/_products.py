@@ -182,7 +182,11 @@ class Convolution:
         shape = (rows, channels, height + 2 * down, width + 2 * right, batch)
         data = program.empty(shape).zero_()
         middle = data[:, :, down : down + height, right : right + width]
-        program.then(lambda run: None if middle.copy_(x.data) is None else None)
+
+        def run(_: object) -> None:
+            middle.copy_(x.data)
+
+        program.then(run)
         return Value(data, None if x.grad is None else program.empty(shape))
 
     def _unpad(self, program: Program, x: Value, image: Value) -> None:

@@ -13,7 +13,7 @@ Pair = tuple[int, int]
 
 
 def patches(image: Tensor, kernel: Pair, stride: Pair, dilation: Pair, out: Pair) -> Tensor:
-    """View `[rows, channels, kh, kw, oh, ow, batch]` of the patches at the first `out` positions."""
+    """View `[rows, channels, kh, kw, oh, ow, batch]` of the patches at the `out` positions."""
     row, channel, down, right, _ = image.stride()
     return image.as_strided(
         (image.shape[0], image.shape[1], *kernel, *out, image.shape[-1]),

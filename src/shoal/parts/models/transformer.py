@@ -13,7 +13,8 @@ from shoal.base.errors import UsageError
 
 @dataclass(frozen=True)
 class Transformer:
-    """Pre-norm causal language model: `[batch, length]` whole numbers to `[batch, length, outputs]`.
+    """Pre-norm causal language model: whole numbers `[batch, length]` to
+    `[batch, length, outputs]`.
 
     Source: Vaswani et al. 2017 with the pre-norm order of GPT-2 (Radford et al. 2019); rotary
     positions are those of Su et al. 2021, equation 34.

@@ -72,8 +72,9 @@ class LocalSteps:
     def local(self, state: State, step: Step) -> tuple[State, Parcel]:
         optimizer = self._optimizer
         start = state.optimizer if self.keep_momentum else optimizer.init(state.params)
+        steps = self.steps or (None if self.epochs else 1)
         params, after = descend(
-            step.task, optimizer, state.params, start, step, steps=self.steps or (None if self.epochs else 1), epochs=self.epochs,
+            step.task, optimizer, state.params, start, step, steps=steps, epochs=self.epochs,
             batch_size=self.batch_size, scale=self.lr_decay**step.round,
         )  # fmt: skip
         weight = step.shard.size.to(torch.float64) if self.by_samples else None

@@ -88,9 +88,11 @@ def unpack(data: Buffer, spec: FlatSpec, codec: str) -> Clustered:
     if cursor.at != len(view):
         raise DecodeError(f"fedzip: {len(view) - cursor.at} bytes left over")
     return Clustered(
-        symbols=torch.cat(symbols) if symbols else torch.empty(0, dtype=torch.uint8),
-        centroids=torch.stack(centroids) if centroids else torch.empty(0, clusters, dtype=dtype),
-        plain=torch.cat(plain) if plain else torch.empty(0, dtype=dtype),
+        symbols=torch.cat(symbols) if symbols else torch.empty(0, dtype=torch.uint8, device="cpu"),
+        centroids=torch.stack(centroids)
+        if centroids
+        else torch.empty(0, clusters, dtype=dtype, device="cpu"),
+        plain=torch.cat(plain) if plain else torch.empty(0, dtype=dtype, device="cpu"),
         layers=tuple(layers),
         codec=codec,
         checksum=layout_checksum(spec),
