@@ -7,6 +7,7 @@ sampling (De Vos et al. 2023, MoDeST, arXiv 2302.13837, algorithm 1).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -68,12 +69,14 @@ def _ordered(ids: bytes, words: tuple[int | str, ...]) -> NDArray[np.int64]:
 @dataclass(frozen=True)
 class Answers:
     """live: the sample in hash order; pongs: who answered what; waves: how often it was asked;
-    waited_s: how long that took."""
+    waited_s: how long that took; answered_s: the slowest answer of the first wave, inf if one is
+    missing."""
 
     live: tuple[PeerId, ...]
     pongs: Mapping[PeerId, Pong]
     waves: int
     waited_s: float
+    answered_s: float
 
 
 @dataclass(frozen=True)
@@ -99,14 +102,15 @@ class LiveSample:
 
     async def __call__(
         self, peer: Peer, order: Sequence[int], count: int, *, number: int, round: int,
-        counter: int,
+        counter: int, timeout_s: float | None = None,
     ) -> Answers:  # fmt: skip
         """The first `count` live peers of `order`; fewer when it has no more.
 
-        number: this peer's own number for the search, never used again. Somebody has to answer:
-        see `answer`.
+        number: this peer's own number for the search, never used again; timeout_s: in place of
+        the setting. Somebody has to answer: see `answer`.
         """
-        start_s = peer.now()
+        timeout_s = self.timeout_s if timeout_s is None else timeout_s
+        start_s, answered_s = peer.now(), 0.0
         found: set[int] = set()
         pongs: dict[PeerId, Pong] = {}
         asked = wave = 0
@@ -118,15 +122,18 @@ class LiveSample:
             for other in others:
                 await peer.send(other, Ping(number, wave, round, counter))
             heard: Mapping[PeerId, Pong] = await peer.gather(
-                Pong, tag=(number, wave), expect=others, deadline=peer.now() + self.timeout_s
+                Pong, tag=(number, wave), expect=others, deadline=peer.now() + timeout_s
             )
+            if not wave:
+                complete = len(heard) == len(others)
+                answered_s = peer.now() - start_s if complete else math.inf
             pongs.update(heard)
             found.update(heard)
             if len(others) < len(part):
                 found.add(peer.id)
             wave += 1
         live = [PeerId(int(p)) for p in order[:asked] if p in found]
-        return Answers(tuple(live[:count]), pongs, wave, peer.now() - start_s)
+        return Answers(tuple(live[:count]), pongs, wave, peer.now() - start_s, answered_s)
 
 
 async def answer(peer: Peer, to: PeerId, ping: Ping, *, round: int, counter: int) -> None:

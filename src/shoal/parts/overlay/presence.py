@@ -7,6 +7,7 @@ Source: De Vos et al. 2023, MoDeST (arXiv 2302.13837), section on membership and
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable
 from typing import Any
 
@@ -35,7 +36,9 @@ class Presence:
     """A peer's own view, round estimate and membership counter, and the messages that keep them.
 
     members: who is in the first view; sampler: how pings are sent; inactivity_rounds: who was not
-    active for longer is no candidate; rounds: estimates beyond are damaged, and not believed;
+    active for longer is no candidate; ping_patience: once the slowest answers of two samples are
+    known (`answered`), a ping waits for this multiple of the slowest of them, at most the sampler's
+    own timeout (0 = always that); rounds: estimates beyond are damaged, and not believed;
     end_s: when to stop listening. Start `answer_pings` and `take_changes` as tasks.
 
     Records "met" (a peer's id) whenever it hears of a peer that it did not know, and "ping_wait_s"
@@ -45,7 +48,7 @@ class Presence:
 
     def __init__(
         self, peer: Peer, members: Iterable[int], *, sampler: LiveSample, inactivity_rounds: int,
-        rounds: int, end_s: float,
+        rounds: int, end_s: float, ping_patience: float = 0.0,
     ) -> None:  # fmt: skip
         self.peer = peer
         self.view = Membership.of(members)
@@ -58,6 +61,8 @@ class Presence:
         """the latest estimates of what a round takes"""
         self._sampler = sampler
         self._inactivity_rounds = inactivity_rounds
+        self._ping_patience = ping_patience
+        self._answered_s: list[float] = []
         self._rounds = rounds
         self._end_s = end_s
         self._pending: dict[PeerId, tuple[int, int]] = {}
@@ -93,6 +98,20 @@ class Presence:
             self._enter(True)
         return True
 
+    @property
+    def ping_timeout_s(self) -> float:
+        """How long to wait for the answer to a ping."""
+        most = self._sampler.timeout_s
+        if not self._ping_patience or len(self._answered_s) < 2:
+            return most
+        return min(most, self._ping_patience * max(self._answered_s))
+
+    def answered(self, seconds: float) -> None:
+        """The slowest answer that somebody's sample waited for; inf when one was missing."""
+        if 0.0 < seconds < math.inf:
+            self._answered_s.append(seconds)
+            del self._answered_s[:-_REMEMBERED]
+
     def active(self, peer: PeerId, round: int) -> None:
         """A peer was seen to be active in a round."""
         self.view = self.view.seen((peer,), round)
@@ -119,8 +138,11 @@ class Presence:
         self._searches += 1
         found = await self._sampler(
             self.peer, without(self.order(label), excluded), count, number=self._searches,
-            round=self.round, counter=self.counter,
+            round=self.round, counter=self.counter, timeout_s=self.ping_timeout_s,
         )  # fmt: skip
+        if len(found.live) < count:
+            # Everybody too slow looks like everybody dead: be patient again.
+            self._answered_s.clear()
         for pong in found.pongs.values():
             self.learn(pong.round)
         self.view = self.view.seen(found.pongs, self.round)

@@ -50,7 +50,8 @@ class Trained:
 
 @message(tag=("round",))
 class Averaged:
-    """The model with which `round` begins. gathered_s: what its aggregator waited for models.
+    """The model with which `round` begins. gathered_s: what its aggregator waited for models;
+    answered_s: for pongs, see `Presence.answered`.
 
     again: sent by the restart rule; whoever has trained in this round sends its result again.
     """
@@ -58,6 +59,7 @@ class Averaged:
     round: int
     params: Tensor
     gathered_s: float
+    answered_s: float
     again: bool
     view: Packed
 
@@ -136,6 +138,7 @@ class Node:
         self.known = Presence(
             peer, peer.roster[: bound.founders], sampler=LiveSample(settings.ping_timeout_s),
             inactivity_rounds=settings.inactivity_rounds, rounds=self.rounds, end_s=self.end_s,
+            ping_patience=settings.ping_patience,
         )  # fmt: skip
         # The round last trained in, and the label last averaged.
         self.trained, self.averaged = -1, -1
@@ -209,6 +212,7 @@ class Node:
                 continue
             if 0 <= told.gathered_s < math.inf and not told.again:
                 self._gathered(told.gathered_s)
+                self.known.answered(told.answered_s)
             self._accept(told.round, told.params, told.again)
 
     def _fits(self, params: Tensor) -> bool:
@@ -319,7 +323,7 @@ class Node:
         settings = self.settings
         wait_s = settings.aggregation_timeout_s
         if settings.aggregation_patience and self.gathered_s:
-            usual_s = max(median(self.gathered_s), settings.ping_timeout_s)
+            usual_s = max(median(self.gathered_s), self.known.ping_timeout_s)
             wait_s = min(wait_s, settings.aggregation_patience * usual_s)
         await self.peer.sleep_until(buffer.began_s + wait_s)
         buffer.timer = None
@@ -369,8 +373,11 @@ class Node:
         if self.known.round > label:
             return
         self._gathered(gathered_s)
+        self.known.answered(found.answered_s)
         self._count_view(found.live)
-        averaged = Averaged(label, params, gathered_s, False, Packed(self.known.view))
+        averaged = Averaged(
+            label, params, gathered_s, found.answered_s, False, Packed(self.known.view)
+        )
         for target in found.live:
             if target != peer.id:
                 await peer.send(target, averaged)
@@ -428,7 +435,7 @@ class Node:
             return
         self.peer.record("restarted", round)
         self._count_view(found.live)
-        averaged = Averaged(round, self.model, 0.0, True, Packed(self.known.view))
+        averaged = Averaged(round, self.model, 0.0, math.inf, True, Packed(self.known.view))
         for target in found.live:
             if target != self.peer.id:
                 await self.peer.send(target, averaged)

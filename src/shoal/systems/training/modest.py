@@ -37,9 +37,10 @@ class MoDeST:
 
     sample_size (None = 10, or all of fewer peers) train per round, `aggregators` of them (None = 2)
     average; success_fraction: which part of a sample's models an aggregator waits for.
-    ping_timeout_s: how long an answer may take. inactivity_rounds: who was not active for longer is
-    no candidate. An aggregator waits for aggregation_patience times the median time that it has
-    heard of, at most aggregation_timeout_s (patience 0 = always that long).
+    ping_timeout_s: how long an answer may take, or ping_patience times the slowest answer of recent
+    samples if that is less (0 = always ping_timeout_s). inactivity_rounds: who was not active for
+    longer is no candidate. An aggregator waits for aggregation_patience times the median time that
+    it has heard of, at most aggregation_timeout_s (patience 0 = always that long).
     restart: the restart rule, for a peer that has seen nothing new for idle_rounds median rounds:
     if it is the first live candidate of the latest round it knows, it sends its model to that
     round's sample again. founders: how many peers of the roster, the first ones, are in the first
@@ -58,6 +59,7 @@ class MoDeST:
     aggregators: int | None = None
     success_fraction: float = 0.9
     ping_timeout_s: float = 5.0
+    ping_patience: float = 3.0
     inactivity_rounds: int = 20
     aggregation_timeout_s: float = 300.0
     aggregation_patience: float = 5.0
@@ -95,11 +97,11 @@ class MoDeST:
         for name in ("inactivity_rounds", "adverts", "batch_size"):
             if getattr(self, name) < 1:
                 raise UsageError(f"modest: {name}={getattr(self, name)}; need at least 1")
-        if self.aggregation_patience < 0:
-            raise UsageError(
-                f"modest: aggregation_patience={self.aggregation_patience}; need 0 or more "
-                "(0 = always wait aggregation_timeout_s)"
-            )
+        for name in ("aggregation_patience", "ping_patience"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UsageError(
+                    f"modest: {name}={getattr(self, name)}; need 0 or more (0 = the timeout alone)"
+                )
         if self.steps is not None and self.epochs is not None:
             raise UsageError(f"modest: steps={self.steps} and epochs={self.epochs}; give one")
 
@@ -165,7 +167,9 @@ INVARIANTS = (
 """What every run keeps, whatever its faults: for fault fuzzing."""
 
 _LOCAL = {"lr": 0.1, "steps": 5, "batch_size": 8}
-_MODEST = {**_LOCAL, "sample_size": 10, "aggregators": 2, "success_fraction": 0.9}
+_MODEST = {
+    **_LOCAL, "sample_size": 10, "aggregators": 2, "success_fraction": 0.9, "ping_patience": 0.0,
+}  # fmt: skip
 _CRASHES = {**_MODEST, "success_fraction": 0.7}
 
 SYSTEM = System(
@@ -297,6 +301,8 @@ SYSTEM = System(
         "and CNNs; the message counts and their order are the protocol's own",
         "aggregators that time out: 5 times the median of the aggregation times that came with the "
         "last 21 models instead of always 300 s (aggregation_patience=0 restores that)",
+        "ping timeouts follow the slowest answers of recent samples by default (ping_patience); "
+        "the arms here wait 5 s each time, as published",
         "the restart rule is not in the paper and is on by default (restart=False); a participant "
         "that has trained already sends its result again",
         "a peer that hears nothing for inactivity_rounds / 2 rounds, or idle_rounds, says so to "
