@@ -200,7 +200,7 @@ def compress(tensors: Mapping[str, Tensor], codec: FedZip | None = None) -> byte
     payload, _ = (
         (codec or FedZip())
         .bind(spec)
-        .encode(spec.flatten(tensors), None, torch.zeros((), dtype=torch.int64))
+        .encode(spec.flatten(tensors), None, torch.zeros((), dtype=torch.int64, device="cpu"))
     )
     return payload.pack()
 
