@@ -259,7 +259,10 @@ class ModuleTask:
         self, params: Vector, batch: Batch
     ) -> tuple[torch.Size, Vector, Tensor, Tensor, Mask]:
         """Leading axes joined: params [rows, dim], x and y [rows, batch, *], mask [rows, batch]."""
-        lead = torch.broadcast_shapes(params.shape[:-1], batch.mask.shape[:-1])
+        lead, other = params.shape[:-1], batch.mask.shape[:-1]
+        if lead != other:
+            # Not always: torch works this out in Python, for longer than a small product takes.
+            lead = torch.broadcast_shapes(lead, other)
         size = batch.mask.shape[-1]
         params = params.expand(*lead, -1).reshape(-1, self.spec.dim)
         mask = batch.mask.expand(*lead, size).reshape(-1, size)
