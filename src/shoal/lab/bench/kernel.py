@@ -76,8 +76,10 @@ def full(turns: int) -> Any:
         downlink_bytes_per_s=1e6, loss=0.001,
     )  # fmt: skip
     faults = (Crash(who=(0,), at=LATENCY_S * turns * 1e3),)
-    return simulate(Circle(turns, PEERS, 0.5, kind=Tagged), Network(PEERS, links=links, faults=faults),
-                    settings=EventSettings(horizon_s=LATENCY_S * turns * 100))  # fmt: skip
+    return simulate(
+        Circle(turns, PEERS, 0.5, kind=Tagged), Network(PEERS, links=links, faults=faults),
+        settings=EventSettings(horizon_s=LATENCY_S * turns * 100),
+    )  # fmt: skip
 
 
 def largest_heap(turns: int) -> int:
