@@ -185,7 +185,7 @@ def check_settings(card: System, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def execute(cell: Cell, launcher: Launcher, progress: Progress | None = None) -> Run:
     """Run a cell: make the objects that it names and hand them to the launcher."""
-    made = _make(cell)
+    made = make(cell)
     if isinstance(made, Run):
         return made
     what, scenario = made
@@ -196,7 +196,7 @@ def execute_seeds(cells: Sequence[Cell], progress: Progress | None = None) -> li
     """Cells that differ in their seeds alone (see `stacks`), as one stack of worlds."""
     from shoal.lab.launch import launch_seeds
 
-    made = [_make(cell) for cell in cells]
+    made = [make(cell) for cell in cells]
     scenarios = [each[1] for each in made if not isinstance(each, Run)]
     first = made[0]
     assert not isinstance(first, Run)
@@ -223,7 +223,7 @@ def stacks(cell: Cell) -> tuple[Any, ...] | None:
     return (cell.arm, cell.system, cell.settings, cell.host, cell.engine, world)
 
 
-def _make(cell: Cell) -> Run | tuple[Any, Scenario]:
+def make(cell: Cell) -> Run | tuple[Any, Scenario]:
     """The live object that a cell runs and its world, or what a study returned."""
     scenario = cell.scenario
     if cell.what is not None:

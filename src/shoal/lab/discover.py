@@ -91,11 +91,16 @@ def load(name: str) -> System:
     key = (name, os.environ.get("SHOAL_SYSTEMS", ""))
     if key not in _loaded:
         card = find(name)
-        system = getattr(_module(Path(card.file), card.family, card.root), "SYSTEM", None)
+        system = getattr(module_of(card), "SYSTEM", None)
         if not isinstance(system, System):
             raise UsageError(f"{card.file}: SYSTEM is no System (make it with System(...))")
         _loaded[key] = system
     return _loaded[key]
+
+
+def module_of(card: CardText) -> ModuleType:
+    """The module that holds a card, imported."""
+    return _module(Path(card.file), card.family, card.root)
 
 
 _loaded: dict[tuple[str, str], System] = {}
