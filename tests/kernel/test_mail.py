@@ -35,7 +35,7 @@ def arrive(mailbox: Mailbox, source: int, round: int, size: int = 1) -> None:
 taken = st.tuples(st.none() | st.integers(0, 2), st.none() | st.integers(0, 2))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     steps=st.lists(
         st.tuples(

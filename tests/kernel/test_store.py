@@ -14,7 +14,7 @@ from shoal.world.device import Device
 from shoal.world.faults import Crash
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(crash_ms=st.integers(1, 2999).filter(lambda ms: ms % 1000))
 def test_a_crash_leaves_all_of_a_commit_or_nothing(crash_ms: int) -> None:
     """Two commits of a second each, of items that belong together."""

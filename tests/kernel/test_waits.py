@@ -149,7 +149,7 @@ def test_a_cancelled_receive_swallows_no_message() -> None:
 moments = st.integers(1, 400)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     arrivals=st.lists(moments, max_size=8),
     waits=st.lists(st.tuples(st.sampled_from(["recv", "sleep"]), moments), max_size=10),

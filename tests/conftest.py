@@ -1,0 +1,9 @@
+"""Settings that all tests share."""
+
+from __future__ import annotations
+
+from hypothesis import settings
+
+# A single example has no time limit of its own: on a busy machine it says nothing about the code.
+settings.register_profile("shoal", deadline=None)
+settings.load_profile("shoal")
