@@ -28,8 +28,9 @@ $(STAMP): pyproject.toml constraints.txt
 pages: $(STAMP)
 	$(BIN)/python -m shoal.lab.pages
 
-# The picture in the README: the report of `make run`, or REPORT=file.html. Needs Debian's chromium.
-REPORT ?= .shoal/reports/first-comparison.html
+# The picture in the README: the newest report (`make run` first), or REPORT=file.html. Needs
+# Debian's chromium.
+REPORT ?= $(firstword $(shell ls -t .shoal/reports/*.html 2>/dev/null))
 PICTURE := docs/report.png
 picture: $(STAMP)
 	chromium --headless --no-sandbox --disable-gpu --hide-scrollbars --window-size=1200,890 \
