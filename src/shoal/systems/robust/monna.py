@@ -435,6 +435,6 @@ SYSTEM = System(
         "LEARN takes one wave per agreement and, in the comparison of accuracies, as many steps as "
         "cost no more gradients than the others.",
     ),
-    small=Budget(seeds=1, scenario={"rounds": 25}),
+    small=Budget(seeds=1, scenario={"rounds": 10}),
     full=Budget(seeds=3),
 )
