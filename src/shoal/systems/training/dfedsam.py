@@ -238,6 +238,7 @@ SYSTEM = System(
             at_most(0.97),
             "sharpness",
             ratio("noise dfedsam mgs", "noise dfedavg mgs"),
+            scale="full",
         ),
         Claim(
             "per-byte",
