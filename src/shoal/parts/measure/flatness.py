@@ -88,7 +88,7 @@ class _Pool:
 
     def __init__(self, task: Task) -> None:
         self._task = task
-        shard: Shard = task.shard(torch.arange(task.peers))
+        shard: Shard = task.shard(torch.arange(task.peers, device="cpu"))
         self._size = max(1, int(shard.size.max()))
         self._batches = list(self._pass(shard))
         counts = [batch.mask.sum(-1) for batch in self._batches]

@@ -60,7 +60,7 @@ def hash_order(ids: NDArray[np.int64], *words: int | str) -> NDArray[np.int64]:
 def _ordered(ids: bytes, words: tuple[int | str, ...]) -> NDArray[np.int64]:
     # In a simulation many peers ask for the same order at nearly the same time.
     known = np.frombuffer(ids, np.int64)
-    draws = keyed.fold(keyed.key_of(0, "hash order", *words), torch.tensor(known))
+    draws = keyed.fold(keyed.key_of(0, "hash order", *words), torch.tensor(known, device="cpu"))
     order = known[torch.argsort(draws, stable=True).numpy()]
     order.flags.writeable = False
     return order
