@@ -1,0 +1,33 @@
+"""Every file in examples/ runs, made smaller, through the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from shoal.cli.app import app
+
+FOLDER = Path(__file__).parents[2] / "examples"
+FILES = sorted(FOLDER.glob("*.toml"))
+SMALLER = {
+    # Every third peer of 100 crashes by name, so the number of peers stays.
+    "first_comparison": ("rounds=2", "seconds=40", "eval_peers=4", "task.hidden=[8]"),
+    "churn": ("rounds=14", "eval_every=7"),
+}
+
+
+def test_there_are_examples() -> None:
+    assert "first_comparison" in {file.stem for file in FILES}
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_example_runs(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHOAL_HOME", str(tmp_path / ".shoal"))
+    changes = SMALLER.get(file.stem, ("rounds=3", "eval_every=1"))
+    words = [word for change in changes for word in ("--set", change)]
+    many = () if file.stem == "first_comparison" else ("--seeds", "1")
+    found = CliRunner().invoke(app, ["run", str(file), *words, *many, "--out", str(tmp_path)])
+    assert found.exit_code == 0, found.output
+    assert list(tmp_path.glob("*.html"))
