@@ -306,7 +306,7 @@ SYSTEM = System(
         "the rule for peers without data is not stated; chosen: weight 0 until taught, then the "
         "mean amount of data among those last averaged, which a peer can know by itself",
         "with equal shares uniform weights and weights by data are the same numbers; both are arms",
-        "400 samples in worlds C and K's start, 288 are left in D and in K after the loss: D is "
+        "world C keeps its 400 samples; 288 are left in D and K, with other roles than in C: D is "
         "reported and only C and K enter claims on effects",
         "averaging without training ends at the mean weighted by own data times the data of the "
         "closed neighbourhood, not by own data, except on a complete graph; tested in that form",
