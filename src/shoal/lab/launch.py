@@ -54,7 +54,7 @@ def launch_seeds(
     if engine not in ENGINES:
         raise UsageError(f"engine {engine!r}; need one of {', '.join(ENGINES)}")
     made = [_method(what, s, seed) for s, seed in zip(scenarios, seeds, strict=True)]
-    from shoal.engine.lockstep import run_lockstep
+    from shoal.engine.lockstep import LockstepSettings, run_lockstep
     from shoal.engine.lockstep.timeline import SUPPORTED
 
     calm = all(isinstance(f, SUPPORTED) for _, network, _, _ in made for f in network.faults)
@@ -63,7 +63,16 @@ def launch_seeds(
         networks = [network for _, network, *_ in made]
         measures = [measure for *_, measure in made]
         note = None if progress is None else _rounds_note(progress, methods[0].rounds)
-        runs = run_lockstep(methods, networks, measures=measures, progress=note)
+        whole = scenarios[0].seconds
+        if whole is None:
+            runs = run_lockstep(methods, networks, measures=measures, progress=note)
+        else:
+            # Seeds reach a horizon in seconds in different rounds, so each runs by itself.
+            settings = LockstepSettings(horizon_s=whole)
+            runs = [
+                run_lockstep([m], [n], settings=settings, measures=[o], progress=note)[0]
+                for m, n, o in zip(methods, networks, measures, strict=True)
+            ]
     else:
         from shoal.rounds.adapter import Rounds
 

@@ -8,6 +8,7 @@ thing is simpler here: a peer that comes back while a round is under way goes on
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -37,14 +38,21 @@ from shoal.world.record import Run, digest_of
 
 @dataclass(frozen=True)
 class LockstepSettings:
-    """chunk_bytes: most bytes of parameters that one call works on; bounds memory, and never
-    depends on how much happens to be free."""
+    """How the engine works.
+
+    chunk_bytes: most bytes of parameters that one call works on; bounds memory, and never depends
+    on how much happens to be free. horizon_s: no round begins at or after this virtual time; the
+    rounds under way are finished.
+    """
 
     chunk_bytes: int = 1 << 26
+    horizon_s: float = math.inf
 
     def __post_init__(self) -> None:
         if self.chunk_bytes < 1:
             raise UsageError(f"chunk_bytes={self.chunk_bytes}; need a positive number")
+        if not self.horizon_s > 0:
+            raise UsageError(f"horizon_s={self.horizon_s}; need a positive number of seconds")
 
 
 def run_lockstep(
@@ -105,6 +113,10 @@ class Lockstep:
         if not methods or len(methods) != len(networks):
             raise UsageError(f"lockstep: {len(methods)} methods for {len(networks)} networks")
         self.first = first = methods[0]
+        if len(methods) > 1 and settings.horizon_s < math.inf:
+            raise UsageError(
+                "lockstep: seeds reach a horizon in different rounds (run them one by one)"
+            )
         if len({(m.rounds, m.exchange.hub, m.peers) for m in methods}) > 1:
             raise UsageError(
                 "lockstep: seeds that run together must have equal peers, rounds and hub (run them "
@@ -159,6 +171,8 @@ class Lockstep:
     def run(self, progress: Callable[[int], None] | None) -> list[Run]:
         watch = Stopwatch()
         for round in range(self.first.rounds):
+            if all(world.earliest_s() >= self.settings.horizon_s for world in self.worlds):
+                break
             self._round(round)
             if progress is not None:
                 progress(round + 1)

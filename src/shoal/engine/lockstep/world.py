@@ -112,6 +112,11 @@ class World:
         inside = (self.clock >= self.timeline.birth) & (self.clock < self.timeline.death)
         return (self.next_round >= 0) & inside
 
+    def earliest_s(self) -> float:
+        """When the first of the living peers is free to go on; infinity when nobody lives."""
+        clock = self.clock[self._alive()]
+        return float(clock.min()) if len(clock) else (0.0 if self._round == 0 else math.inf)
+
     # A round, in the order in which the engine calls.
 
     def begin(self, round: int) -> None:
