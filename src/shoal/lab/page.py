@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,7 @@ from shoal.lab.faults import read_fault
 from shoal.lab.page_style import STYLE
 from shoal.lab.picture import picture
 from shoal.lab.scenario import Scenario
-from shoal.lab.text import interval_text, label, level_text, number
+from shoal.lab.text import columns, interval_text, label, level_text, number
 
 if TYPE_CHECKING:
     from shoal.lab.report import Report
@@ -118,10 +119,27 @@ def _claims(report: Report) -> str:
 
 def _summary(report: Report) -> str:
     summary = report.summary()
-    metrics = list(dict.fromkeys(row.metric for row in summary))
+    common, single = columns(report)
+    level = next((row.interval for row in summary if row.interval is not None), None)
+    note = "Last value of each metric"
+    if level is not None:
+        note += (
+            f": median over {len(report.seeds)} seeds, below it the {level_text(level)} interval"
+        )
+    tables = _numbers(report, common, report.arms)
+    if single:
+        having = [
+            arm for arm in report.arms if any(r.arm == arm and r.metric in single for r in summary)
+        ]
+        tables += '<p class="note more">Of single arms</p>' + _numbers(report, single, having)
+    return _section("Results", tables, note=note + ".")
+
+
+def _numbers(report: Report, metrics: list[str], arms: Sequence[str]) -> str:
+    """A row per arm, a column per metric."""
     rows = []
-    for arm in report.arms:
-        values = {row.metric: row for row in summary if row.arm == arm}
+    for arm in arms:
+        values = {row.metric: row for row in report.summary() if row.arm == arm}
         line = [_chip(report, arm)]
         for metric in metrics:
             row = values.get(metric)
@@ -135,15 +153,7 @@ def _summary(report: Report) -> str:
                 text += f"<span class='small'>{row.seeds} of {len(report.seeds)} seeds</span>"
             line.append(text)
         rows.append(line)
-    level = next((row.interval for row in summary if row.interval is not None), None)
-    note = "Last value of each metric"
-    if level is not None:
-        note += (
-            f": median over {len(report.seeds)} seeds, below it the {level_text(level)} interval"
-        )
-    return _section(
-        "Results", _table(["", *map(escape, map(label, metrics))], rows, "numbers"), note=note + "."
-    )
+    return _table(["", *map(escape, map(label, metrics))], rows, "numbers")
 
 
 def _chip(report: Report, arm: str) -> str:

@@ -29,8 +29,10 @@ th { text-align:left; font-weight:600; font-size:12.5px; color:var(--muted); whi
   padding:6px 14px 6px 0; border-bottom:1px solid var(--line); }
 td { padding:8px 14px 8px 0; border-bottom:1px solid var(--line); vertical-align:top; }
 tr:last-child td { border-bottom:0; }
-.numbers td:not(:first-child), .numbers th:not(:first-child) { text-align:right;
-  white-space:nowrap; }
+.numbers td:not(:first-child), .numbers th:not(:first-child) { text-align:right; }
+.numbers td:not(:first-child) { white-space:nowrap; }
+.numbers th:not(:first-child) { white-space:normal; vertical-align:bottom; min-width:58px; }
+.note.more { margin:18px 0 2px; }
 .numbers td:last-child, .numbers th:last-child { padding-right:0; }
 .numbers td:first-child { font-weight:600; white-space:nowrap; }
 .plain td:first-child { white-space:nowrap; }

@@ -16,7 +16,7 @@ import numpy as np
 
 from shoal.lab.report_data import CellResult
 from shoal.lab.statistics import median
-from shoal.lab.text import label, number, seconds
+from shoal.lab.text import label, number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -163,7 +163,7 @@ def _line(panel: Axes, x: np.ndarray, y: np.ndarray, look: Look) -> None:
 
 
 def _axis(panel: Axes, axis: str, end: float) -> None:
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
+    from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
 
     if axis == "bytes":
         panel.xaxis.set_major_formatter(FuncFormatter(lambda v, _: number(v, "bytes")))
@@ -171,18 +171,22 @@ def _axis(panel: Axes, axis: str, end: float) -> None:
     elif axis == "round":
         panel.set_xlabel("round")
     else:
-        panel.xaxis.set_major_formatter(FuncFormatter(lambda v, _: _tick(v, end)))
-        panel.set_xlabel("virtual time")
-    panel.xaxis.set_major_locator(MaxNLocator(5, integer=axis == "round"))
+        size, unit = _time_unit(end)
+        panel.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v / size:.4g}"))
+        panel.set_xlabel(f"virtual time, {unit}")
+        places = MaxNLocator(5).tick_values(0.0, end / size) if end > 0 else [0.0]
+        panel.xaxis.set_major_locator(FixedLocator([size * place for place in places]))
+    if axis != "time":
+        panel.xaxis.set_major_locator(MaxNLocator(5, integer=axis == "round"))
     panel.set_xlim(left=0, right=end * 1.02 if end > 0 else None)
 
 
-def _tick(value: float, end: float) -> str:
-    """Seconds in the unit of the axis' end."""
-    for size, unit in ((7200.0, "h"), (240.0, "min")):
-        if end >= size:
-            return f"{value / (3600 if unit == 'h' else 60):.3g} {unit}"
-    return seconds(value) if value else "0"
+def _time_unit(end: float) -> tuple[float, str]:
+    """(seconds, name) of the unit in which an axis of this length reads best."""
+    for least, size, unit in ((7200.0, 3600.0, "hours"), (240.0, 60.0, "minutes"), (1.0, 1.0, "s")):
+        if end >= least:
+            return size, unit
+    return 1e-3, "ms"
 
 
 def _fault_marks(panel: Axes, report: Report, axis: str) -> None:

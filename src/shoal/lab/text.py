@@ -79,10 +79,21 @@ def label(metric: str) -> str:
     return known.get(metric, metric.removesuffix("_s").replace("_", " "))
 
 
-def table(report: Report) -> tuple[list[str], list[list[str]]]:
-    """The summary as a table: (metrics, rows of arm and values). One column per metric."""
+def columns(report: Report) -> tuple[list[str], list[str]]:
+    """Metrics of the summary: those that every arm has, and those of some arms only."""
     summary = report.summary()
+    have = {(row.arm, row.metric) for row in summary}
     metrics = list(dict.fromkeys(row.metric for row in summary))
+    common = [m for m in metrics if all((arm, m) in have for arm in report.arms)]
+    if not common:
+        return metrics, []
+    return common, [m for m in metrics if m not in common]
+
+
+def table(report: Report) -> tuple[list[str], list[list[str]]]:
+    """What every arm has as a table: (metrics, rows of arm and values). One column per metric."""
+    summary = report.summary()
+    metrics, _ = columns(report)
     rows = []
     for arm in report.arms:
         values = {row.metric: row for row in summary if row.arm == arm}
