@@ -84,8 +84,9 @@ def in_hand(method: Method, round: int, hop: int, sides: Sides) -> Mask:
 def outcome(method: Method, honest: Stack, byzantine: Stack, heard: Mask) -> Stack:
     """What each honest peer would hold [..., honest, dim] if no message got lost.
 
-    heard: bool [..., honest, honest + byzantine]. A rule that offers `everyone` and not `among` is
-    asked as if everybody heard everybody, which costs one evaluation in place of one per receiver.
+    heard: bool [..., honest, honest + byzantine]. A rule that offers `everyone` is asked as if
+    everybody heard everybody, which costs one evaluation in place of one per receiver, unless it
+    works around the receiver's own vector and offers `among`.
     """
     count = honest.shape[-2]
     byzantine = byzantine.to(honest.dtype).expand(*honest.shape[:-2], *byzantine.shape[-2:])
