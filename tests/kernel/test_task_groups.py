@@ -8,6 +8,8 @@ import pytest
 from kernel_programs import LATE_S, Note, event, idle
 
 from shoal.base.errors import Cancelled, Leaving, ProgramError
+from shoal.base.limits import Limits
+from shoal.wire import codec
 from shoal.world.faults import Crash, Leave
 from shoal.world.links import Links
 
@@ -267,3 +269,63 @@ def test_a_leaving_peer_may_await_for_its_grace(grace_s: float, said: bool) -> N
 
     event(leaves, listens, faults=(Leave(who=(0,), at=1.0, grace_s=grace_s),))
     assert heard == ([((3,), 1.5)] if said else [None])
+
+
+def test_a_failing_child_cancels_its_siblings_when_the_body_is_over() -> None:
+    log: list[Any] = []
+
+    async def run(peer: Any) -> None:
+        async def group_of_two() -> None:
+            async with peer.tasks() as group:
+                group.start(sleeps(peer, 9.0, log, "sibling"))
+                group.start(fails(peer, 1.0))
+
+        with pytest.raises(ValueError, match="own error"):
+            await group_of_two()
+        log.append(("after", peer.now()))
+
+    event(run)
+    assert log == [("sibling", "cancelled", 1.0), ("after", 1.0)]
+
+
+def test_a_notice_to_stop_does_not_outlive_its_group() -> None:
+    """The body hears of the failure by `join`, and is out before the notice reaches it."""
+    ends: list[float] = []
+
+    async def run(peer: Any) -> None:
+        async def joins() -> None:
+            async with peer.tasks() as group:
+                await group.start(fails(peer, 1.0)).join()
+
+        with pytest.raises(ValueError, match="own error"):
+            await joins()
+        await peer.sleep_until(2.0)
+        ends.append(peer.now())
+
+    event(run)
+    assert ends == [2.0]
+
+
+def test_room_in_a_queue_does_not_wake_who_no_longer_waits_for_it() -> None:
+    """A body is interrupted in `send`; the queue has room later, when it sleeps."""
+    size = codec.size_of(Note(0))
+    ends: list[float] = []
+
+    async def run(peer: Any) -> None:
+        async def sends() -> None:
+            async with peer.tasks() as group:
+                group.start(fails(peer, 1.0))
+                for round in range(9):
+                    await peer.send(1, Note(round))
+
+        with pytest.raises(ValueError, match="own error"):
+            await sends()
+        ends.append(peer.now())
+        await peer.sleep_until(50.0)
+        ends.append(peer.now())
+
+    event(
+        run, idle, links=Links(latency_s=0.0, uplink_bytes_per_s=0.1 * size),
+        limits=Limits(queue_bytes=size),
+    )  # fmt: skip
+    assert ends == [1.0, 50.0]
