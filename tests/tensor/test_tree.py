@@ -125,6 +125,9 @@ def column(kind: str) -> list[Tensor]:
     if kind == "a column among rows":
         square = base(4, 4)
         return [square[0], square[:, 1], square[2]]
+    if kind == "the first column among rows":
+        square = base(4, 4)
+        return [square[1], square[:, 0], square[3]]
     if kind == "rows of a sliced view":
         return list(base(5, 8)[:, 2:6].unbind(0))
     if kind == "slices that are no rows":
@@ -151,6 +154,7 @@ def column(kind: str) -> list[Tensor]:
 KINDS = (
     "same object", "all rows in order", "some rows in order", "permuted", "repeated", "backwards",
     "different bases", "own tensors", "columns of a square", "a column among rows",
+    "the first column among rows",
     "rows of a sliced view", "slices that are no rows", "every other row", "rows of a transpose",
     "rows of an expanded row", "a base in itself", "shifted rows", "single",
 )  # fmt: skip
