@@ -319,9 +319,7 @@ class Runtime:
             self.host.set_timer(self, at, wait)
         return await wait
 
-    def serve(
-        self, kind: type[M], handler: Callable[[Envelope[M]], Awaitable[object]]
-    ) -> None:
+    def serve(self, kind: type[M], handler: Callable[[Envelope[M]], Awaitable[object]]) -> None:
         require_message(kind)
         if not self.alive:
             return
