@@ -131,6 +131,7 @@ def test_only_holders_get_data() -> None:
         (lambda: Split(samples_per_peer=0), "samples_per_peer=0"),
         (lambda: Split(with_replacement=True), "with_replacement needs samples_per_peer"),
         (lambda: Split().parts(table(5), 6, 0), "6 peers share 5 samples"),
+        (lambda: Split("classes").parts(table(5), 3, 0), "need 6 pieces of 5 samples"),
         (lambda: Split(samples_per_peer=3).parts(table(5), 2, 0), "need more than the 5 samples"),
         (lambda: Split(holders=(0, 2)).parts(table(5), 2, 0), "ids 0 to 1"),
         (lambda: Split(holders=()).parts(table(5), 2, 0), "ids 0 to 1"),

@@ -71,6 +71,12 @@ class Split:
                 f"split: {len(holders)} peers share {len(labels)} samples; some would have none "
                 "(set samples_per_peer and with_replacement = true)"
             )
+        pieces = len(holders) * self.classes_per_peer
+        if self.kind == "classes" and wanted is None and pieces > len(labels):
+            raise UsageError(
+                f"split: {len(holders)} peers x classes_per_peer={self.classes_per_peer} need "
+                f"{pieces} pieces of {len(labels)} samples; some would be empty (lower it)"
+            )
         dealt = self._dealt(labels, len(holders), rng)
         empty = np.zeros(0, np.int64)
         placed = [empty] * peers
