@@ -33,6 +33,7 @@ from shoal.kernel.peer import Batching, Cost, Program
 from shoal.kernel.runtime import Runtime
 from shoal.kernel.tasks import drain
 from shoal.kernel.waits import Ready, Wait
+from shoal.tensor.threads import one_thread
 from shoal.world.clock import Clock
 from shoal.world.faults import Skew
 from shoal.world.network import Network
@@ -90,10 +91,11 @@ def simulate(
     `progress(virtual_s, events)` is called every few thousand events. Errors that a program does
     not handle end the run and are raised here with the peer and the virtual time as a note.
     """
-    return Simulation(
-        programs, network, seed=seed, settings=settings or EventSettings(), observer=observer,
-        executor=executor or Local(), limits=limits,
-    ).run(progress)  # fmt: skip
+    with one_thread():
+        return Simulation(
+            programs, network, seed=seed, settings=settings or EventSettings(), observer=observer,
+            executor=executor or Local(), limits=limits,
+        ).run(progress)  # fmt: skip
 
 
 class Simulation:

@@ -22,6 +22,7 @@ from shoal.engine.live.schedule import check_faults
 from shoal.engine.live.settings import LiveSettings
 from shoal.engine.traffic import together
 from shoal.kernel.peer import Program
+from shoal.tensor.threads import one_thread
 from shoal.wire.frame import agreement
 from shoal.world.network import Network
 from shoal.world.record import Happening, Row, Run, digest_of
@@ -83,7 +84,8 @@ def run_live(
         )
         for part in range(processes)
     ]  # fmt: skip
-    return _Launch(plans, observer, progress).run()
+    with one_thread():
+        return _Launch(plans, observer, progress).run()
 
 
 def _packed(plans: Sequence[control.Plan]) -> list[bytes]:

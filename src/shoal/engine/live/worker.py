@@ -9,7 +9,7 @@ from queue import SimpleQueue
 from time import perf_counter
 from typing import Any
 
-import torch
+from shoal.tensor.threads import one_thread
 
 Done = Callable[[Any, BaseException | None, float], None]
 
@@ -40,17 +40,12 @@ class Worker:
         return not self._thread.is_alive()
 
     def _work(self) -> None:
-        # One intra-op thread: sums keep their order, and peers on one machine share its cores.
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
+        with one_thread():
             while (task := self._jobs.get()) is not None:
                 job, wanted, then = task
                 if wanted():
                     self._do(job, then)
                 del task, job, wanted, then  # or an idle thread would keep the last tensors alive
-        finally:
-            torch.set_num_threads(threads)
 
     def _do(self, job: Callable[[], Any], then: Done) -> None:
         result, error = None, None

@@ -30,6 +30,7 @@ from shoal.rounds.measure import Measure
 from shoal.rounds.method import Method, Wave
 from shoal.rounds.strategy import Heard
 from shoal.tensor import keyed, tree
+from shoal.tensor.threads import one_thread
 from shoal.wire.codec import size_of
 from shoal.wire.message import Packed
 from shoal.world.network import Network
@@ -66,9 +67,10 @@ def run_lockstep(
     share a table (see `Task.joined`): the first method's strategy, aggregator and transform serve
     all.
     """
-    return Lockstep(
-        methods, networks, settings or LockstepSettings(), measures, executor or Local()
-    ).run(progress)
+    with one_thread():
+        return Lockstep(
+            methods, networks, settings or LockstepSettings(), measures, executor or Local()
+        ).run(progress)
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ from shoal.parts.transform.error_feedback import ErrorFeedback
 from shoal.parts.transform.fedzip import FedZip, compress, decompress
 from shoal.rounds.strategy import Step
 from shoal.tensor import keyed
+from shoal.tensor.threads import one_thread
 
 ENTRIES = 1_000_000
 SHARES = (0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
@@ -121,15 +122,11 @@ def broken_trips(rows: Rows) -> dict[int, float]:
 
 def speed(rows: Rows) -> dict[int, float]:
     """Parameters per CPU second through encode and decode, one thread, at the slowest share."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         return {
             s: min(ENTRIES / _codec_seconds({"x": three_symbols(q, s)}, q) for q in SHARES)
             for s in rows.seeds
         }
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _codec_seconds(tensors: Mapping[str, Tensor], z: float, tries: int = 3) -> float:
