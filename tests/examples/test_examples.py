@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ SMALLER = {
     # Every third peer of 100 crashes by name, so the number of peers stays.
     "first_comparison": ("rounds=2", "seconds=40", "eval_peers=4", "task.hidden=[8]"),
     "churn": ("rounds=14", "eval_every=7"),
+    "sockets": ("rounds=3", "round_s=1.0"),
 }
 
 
@@ -22,6 +24,14 @@ def test_there_are_examples() -> None:
     assert "first_comparison" in {file.stem for file in FILES}
 
 
+def test_script_runs() -> None:
+    found = runpy.run_path(str(FOLDER / "own_strategy.py"))
+    report = found["main"](rounds=10)
+    assert report.arms == ("shy", "dpsgd")
+    assert report.exit_code == 0
+
+
+@pytest.mark.live
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_example_runs(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SHOAL_HOME", str(tmp_path / ".shoal"))
