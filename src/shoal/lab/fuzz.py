@@ -65,9 +65,7 @@ def target(name: str, overrides: Mapping[str, Any] | None = None) -> Target:
         raise UsageError(
             f"explore {name}: a study runs worlds of its own (explore what it studies)"
         )
-    given = dict(overrides or {})
-    cell = cell_of(name, Arm(system=name), 0, scenario_of(name), overrides=given)
-    what, scenario = _made(replace(cell, scenario=_smallest(cell.scenario, given)))
+    what, scenario = _made(smallest(name, overrides))
     program, network = _program(what, scenario)
     quiet = _quiet(program, network)
     module = discover.module_of(discover.find(name))
@@ -76,6 +74,16 @@ def target(name: str, overrides: Mapping[str, Any] | None = None) -> Target:
         name, program, network, PATIENCE * max(quiet.virtual_s, 1.0),
         (*INVARIANTS, *falling, *getattr(module, "INVARIANTS", ())),
     )  # fmt: skip
+
+
+def smallest(name: str, overrides: Mapping[str, Any] | None = None) -> Cell:
+    """A system of the catalogue in its own scenario, shrunk and without faults, as a cell.
+
+    Settings in `overrides` stay as they are given.
+    """
+    given = dict(overrides or {})
+    cell = cell_of(name, Arm(system=name), 0, scenario_of(name), overrides=given)
+    return replace(cell, scenario=_smallest(cell.scenario, given))
 
 
 def _made(cell: Cell) -> tuple[Any, Scenario]:

@@ -233,10 +233,30 @@ class World:
         self.clock[slots.receiver] = torch.where(
             torch.isfinite(done), done, self.clock[slots.receiver]
         )
+        if hop == hops - 1 and round == method.rounds - 1:
+            self._leave(slots, arrive, done, size_bytes)
         self.sent_s = self._ready(self.on)
         self._count(combine_s, done)
         own = self.on[slots.receiver]
         return torch.cat((own.unsqueeze(-1), used), -1)
+
+    def _leave(self, slots: Slots, arrive: Tensor, done: Tensor, size_bytes: Tensor) -> None:
+        """Nobody is there to take what reaches a peer that has finished its last round."""
+        every, run = self.method.checkpoint_every, self.run
+        store_s = self.network.device.store_s if every and self.method.rounds % every == 0 else 0.0
+        late = torch.isfinite(arrive) & (arrive > (done + store_s).unsqueeze(-1))
+        if not bool(late.any()):
+            return
+        # What is under way when the last peer has finished never gets anywhere.
+        end_s = max(self.ended_s, float(self.clock[self.on | self.listens].max()) + store_s)
+        flying = int((late & (arrive > end_s)).sum())
+        dead = int(late.sum()) - flying
+        run.messages_delivered -= dead + flying
+        run.messages_in_flight += flying
+        if dead:
+            run.dropped["dead"] = run.dropped.get("dead", 0) + dead
+        size = torch.where(late, size_bytes[slots.source], 0).sum(-1)
+        self.bytes_received.index_add_(0, slots.receiver, -size)
 
     def _count(self, combine_s: Tensor, done: Tensor) -> None:
         cost = self.method.combine_cost(1).flops / 2.0
