@@ -251,7 +251,7 @@ def _fault(seed: int, number: int, kind: str, peers: int, window_s: float, round
         at_s = draw("at") * window_s
         values["at"] = round(at_s, 6)
         if ends:
-            values["until"] = round(at_s + log_draw("until", 0.01, 1.0) * window_s + 1e-6, 6)
+            values["until"] = round(at_s + log_draw("until", 0.05, 1.0) * window_s + 1e-6, 6)
     if kind == "crash":
         values["store"] = "lost" if draw("store") < 0.3 else "kept"
     elif kind == "leave":

@@ -5,6 +5,7 @@ from __future__ import annotations
 from heapq import heappush
 from math import log1p
 from typing import TYPE_CHECKING, Any
+from zlib import crc32
 
 from shoal.base import keyed
 from shoal.base.digest import bytes_digest
@@ -391,8 +392,9 @@ class Delivery:
             return None
         key = envelope.key
         if flipped:
-            # The trace tells what was delivered, which may be of another round by now.
+            # The trace tells what was delivered: perhaps of another round, surely of other content.
             key = message_key(message.code, message.tag) if message.tag else message.code
+            key ^= crc32(frame)
         return Envelope(envelope.source, message, envelope.size_bytes, request, key)  # type: ignore[arg-type]
 
     def _flip(

@@ -42,7 +42,10 @@ def update(
     params: Vector, age: Tensor, other: Vector, other_age: Tensor, shard: Shard, key: Key,
     task: Task, optimizer: SGD, steps: int, batch_size: int,
 ) -> tuple[Vector, Tensor]:  # fmt: skip
-    """Merge by age, then local steps: (params [..., dim], age [...])."""
+    """Merge by age, then local steps: (params [..., dim], age [...]).
+
+    A model that makes the result other than finite (a broken or hostile sender) is passed over.
+    """
     total = (age + other_age).clamp(min=1.0)
     share = (other_age / total).unsqueeze(-1).to(params.dtype)
     merged = params + share * (other - params)
@@ -50,7 +53,9 @@ def update(
     trained, _ = descend(
         task, optimizer, merged, optimizer.init(merged), step, steps=steps, batch_size=batch_size
     )
-    return trained, torch.maximum(age, other_age) + steps
+    sound = trained.isfinite().all(-1)
+    grown = torch.maximum(age, other_age) + steps
+    return torch.where(sound.unsqueeze(-1), trained, params), torch.where(sound, grown, age)
 
 
 @dataclass(frozen=True)
