@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from shoal.cli.options import (
+    AllCores,
     Device,
     Engine,
     Fresh,
-    Jobs,
     Json,
     Out,
     Peers,
@@ -33,7 +34,7 @@ def command(
     everything: Annotated[bool, typer.Option("--all", help="Every system with claims.")] = False,
     budget: Annotated[str, typer.Option("--budget", help="small or full.")] = "small",
     seed: Seed = None, peers: Peers = None, engine: Engine = None, device: Device = None,
-    settings: Settings = None, jobs: Jobs = 1, fresh: Fresh = False, out: Out = None,
+    settings: Settings = None, jobs: AllCores = None, fresh: Fresh = False, out: Out = None,
     json: Json = False,
 ) -> None:  # fmt: skip
     """Measure the claims of systems and judge them.
@@ -69,7 +70,9 @@ def command(
             name, budget, seed=seed, engine=engine_name(engine),
             overrides=overrides(settings, peers, device),
         )  # fmt: skip
-        report, path = run_and_save(experiment, jobs=jobs, fresh=fresh, out=out, quiet=json)
+        report, path = run_and_save(
+            experiment, jobs=jobs or os.cpu_count() or 1, fresh=fresh, out=out, quiet=json
+        )
         code = max(code, report.exit_code)
         if json:
             json_line(

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 
 ENGINES = ("auto", "event", "lockstep", "live")
 
+LIVE_ROUND_S = 2.0
+"""Links and devices of the simulation say nothing of how fast this machine is; a round ends earlier
+anyhow when everybody was heard."""
+
 
 def launch(
     what: Any, scenario: Scenario, *, seed: int, engine: str = "auto",
@@ -53,7 +57,8 @@ def launch_seeds(
     """
     if engine not in ENGINES:
         raise UsageError(f"engine {engine!r}; need one of {', '.join(ENGINES)}")
-    made = [_method(what, s, seed) for s, seed in zip(scenarios, seeds, strict=True)]
+    least_s = LIVE_ROUND_S if engine == "live" else 0.0
+    made = [_method(what, s, seed, least_s) for s, seed in zip(scenarios, seeds, strict=True)]
     from shoal.engine.lockstep import LockstepSettings, run_lockstep
     from shoal.engine.lockstep.timeline import SUPPORTED
 
@@ -131,7 +136,10 @@ def _defaults(pieces: Pieces) -> tuple[Any, Any]:
     return pieces.aggregator or find("aggregate", "mean")(), transform.bind(pieces.task.spec)
 
 
-def _method(what: Any, scenario: Scenario, seed: int) -> tuple[Method, Network, Pieces, Measure]:
+def _method(
+    what: Any, scenario: Scenario, seed: int, least_s: float = 0.0
+) -> tuple[Method, Network, Pieces, Measure]:
+    """least_s: how long a round must be at least when the scenario does not say how long it is."""
     from shoal.engine.lockstep import round_seconds
     from shoal.parts import find
     from shoal.rounds.measure import Measure
@@ -157,7 +165,7 @@ def _method(what: Any, scenario: Scenario, seed: int) -> tuple[Method, Network, 
         pieces.byzantine, scenario.eval_every or scenario.rounds, int(restarts),
     )  # fmt: skip
     if scenario.round_s is None:
-        method = replace(method, round_s=round_seconds(method, network))
+        method = replace(method, round_s=max(least_s, round_seconds(method, network)))
     measure = Measure(
         pieces.task, seed=seed, byzantine=pieces.byzantine, evaluated=scenario.eval_peers,
         final=_final(scenario),
