@@ -33,7 +33,7 @@ pages: $(STAMP)
 REPORT ?= $(firstword $(shell ls -t .shoal/reports/*.html 2>/dev/null))
 PICTURE := docs/report.png
 picture: $(STAMP)
-	chromium --headless --no-sandbox --disable-gpu --hide-scrollbars --window-size=1200,890 \
+	chromium --headless --no-sandbox --disable-gpu --hide-scrollbars --window-size=1200,985 \
 	  --screenshot=$(PICTURE) file://$(abspath $(REPORT))
 	$(BIN)/python -c "from PIL import Image; p = '$(PICTURE)'; \
 	  Image.open(p).convert('RGB').quantize(96).save(p, optimize=True)"
