@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from kernel_programs import Gossip, event, mix
 from shoal.base.errors import UsageError
 from shoal.engine.event.simulation import EventSettings, simulate
 from shoal.engine.executor import Executor, Local, Processes, Threads
-from shoal.kernel.peer import Cost
+from shoal.kernel.peer import Cost, Peer
 from shoal.world.device import Device
 from shoal.world.faults import Corrupt, Crash, Loss
 from shoal.world.links import Links
@@ -175,3 +176,20 @@ def test_corruption_is_keyed_too() -> None:
     first, second = (simulate(Gossip(), network, seed=1) for _ in range(2))
     assert first.dropped.get("corrupt", 0) > 0
     assert facts(first) == facts(second)
+
+
+def _square_only(x: torch.Tensor) -> torch.Tensor:
+    """Takes one vector of three: a stack of them has another shape."""
+    return x.view(3) * 2
+
+
+@dataclass(frozen=True)
+class Unstackable:
+    async def run(self, peer: Peer) -> None:
+        await peer.compute(_square_only, torch.ones(3), cost=Cost(seconds=1.0))
+
+
+def test_a_function_that_raises_only_when_stacked_is_named() -> None:
+    with pytest.raises(UsageError, match="stacked calls only"):
+        simulate(Unstackable(), Network(4))
+    assert simulate(Unstackable(), Network(4), settings=EventSettings(batching="off")).finished
