@@ -1,4 +1,4 @@
-"""Wall and CPU seconds of a stretch of code. Readings are reported, never acted upon."""
+"""Wall and CPU seconds of a stretch of code. Readings are reported; no number depends on one."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import time
 
 
 class Stopwatch:
-    """Runs from construction; `wall_s` and `cpu_s` (this process, all threads) at any time."""
+    """Runs from construction; `wall_s` and `cpu_s` (this process, all threads) at any time.
 
-    def __init__(self) -> None:
-        self._wall = time.perf_counter()
-        self._cpu = time.process_time()
+    wall_s, cpu_s: what an earlier process spent on the same.
+    """
+
+    def __init__(self, wall_s: float = 0.0, cpu_s: float = 0.0) -> None:
+        self._wall = time.perf_counter() - wall_s
+        self._cpu = time.process_time() - cpu_s
 
     @property
     def wall_s(self) -> float:

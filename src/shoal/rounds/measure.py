@@ -42,7 +42,8 @@ class Measure:
     ) -> None:  # fmt: skip
         self._task = task
         self._final = tuple(final)
-        self._last: tuple[int, float, Tensor] | None = None
+        self.last: tuple[int, float, Tensor] | None = None
+        """round, time and mean model of the round that was closed last"""
         honest = [p for p in range(task.peers) if p not in set(byzantine)]
         if evaluated is not None and evaluated < len(honest):
             honest_first = sorted(honest, key=lambda p: keyed.uniform(seed, "evaluated", p))
@@ -51,7 +52,8 @@ class Measure:
             self._chosen = frozenset(honest)
         self._honest = frozenset(honest)
         self._open: dict[int, dict[int, tuple[float, Tensor]]] = {}
-        self._rows: list[Row] = []
+        self.taken: list[Row] = []
+        """measured in the rounds that are closed"""
 
     def params(self, peer: int, round: int, time_s: float, params: Tensor) -> None:
         """One peer's model after a round; a later one for the same round replaces it."""
@@ -77,13 +79,13 @@ class Measure:
         """Everything measured; closes what is still open."""
         for round in sorted(self._open):
             self._close(round)
-        if self._last is not None:
-            round, time_s, mean = self._last
+        if self.last is not None:
+            round, time_s, mean = self.last
             for measure in self._final:
                 found = measure(self._task, mean).items()
-                self._rows.extend(Row(name, float(value), time_s, round) for name, value in found)
-            self._last = None
-        rows, self._rows = self._rows, []
+                self.taken.extend(Row(name, float(value), time_s, round) for name, value in found)
+            self.last = None
+        rows, self.taken = self.taken, []
         return sorted(rows, key=lambda row: row.round)
 
     def _close(self, round: int) -> None:
@@ -100,25 +102,28 @@ class Measure:
                 models.append(params)
             place[peer] = index
         stack = torch.stack(models)
-        counts = torch.bincount(
-            torch.tensor([place[p] for p in peers], device=stack.device), minlength=len(models)
-        ).to(stack.dtype)
+        counts = torch.bincount(torch.tensor([place[p] for p in peers]), minlength=len(models))
+        counts = counts.to(stack.device, stack.dtype, non_blocking=True)
         mean = (counts.unsqueeze(-1) * stack).sum(0) / len(peers)
         last = max(time_s for time_s, _ in group.values())
-        self._last = (round, last, mean)
+        self.last = (round, last, mean)
         apart = ((stack - mean) ** 2).sum(-1)
-        self._rows.append(Row("consensus", float((apart * counts).sum() / len(peers)), last, round))
-        self._rows.append(Row("drift", float(apart.max().sqrt()), last, round))
-        for name, value in self._task.evaluate(mean).items():
-            self._rows.append(Row(f"mean_model_{name}", float(value), last, round))
+        whole = {"consensus": (apart * counts).sum() / len(peers), "drift": apart.max().sqrt()}
+        whole |= {f"mean_model_{k}": v for k, v in self._task.evaluate(mean).items()}
+        # One look at a device for all numbers: each look waits until it has finished.
+        numbers = torch.stack([value.double() for value in whole.values()]).tolist()
+        self.taken.extend(
+            Row(name, number, last, round) for name, number in zip(whole, numbers, strict=True)
+        )
         chosen = [p for p in peers if p in self._chosen]
         if not chosen:
             return
         needed = sorted({place[p] for p in chosen})
         row_of = {index: i for i, index in enumerate(needed)}
-        values = self._task.evaluate(stack[torch.tensor(needed, device=stack.device)])
-        for name, column in values.items():
-            numbers = column.tolist()
-            self._rows.extend(
-                Row(name, numbers[row_of[place[p]]], group[p][0], round, p) for p in chosen
+        index = torch.tensor(needed).to(stack.device, non_blocking=True)
+        values = self._task.evaluate(stack[index])
+        columns = torch.stack([column.double() for column in values.values()]).tolist()
+        for name, column in zip(values, columns, strict=True):
+            self.taken.extend(
+                Row(name, column[row_of[place[p]]], group[p][0], round, p) for p in chosen
             )

@@ -20,6 +20,7 @@ from torch import Tensor
 from shoal.base.errors import UsageError
 from shoal.base.stopwatch import Stopwatch
 from shoal.engine.executor import Executor, Local
+from shoal.engine.lockstep.checkpoint import Checkpoint
 from shoal.engine.lockstep.traffic import Slots
 from shoal.engine.lockstep.world import World
 from shoal.rounds import method as phases
@@ -60,17 +61,18 @@ def run_lockstep(
     methods: Sequence[Method], networks: Sequence[Network], *,
     settings: LockstepSettings | None = None, measures: Sequence[Measure] | None = None,
     executor: Executor | None = None, progress: Callable[[int], None] | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> list[Run]:  # fmt: skip
     """Run one method per seed, all seeds together; one `Run` each, in order.
 
     The methods must be equal but for seed, task and exchange, and their tasks must be able to
     share a table (see `Task.joined`): the first method's strategy, aggregator and transform serve
-    all.
+    all. With a `checkpoint` the rounds go on where an earlier process was killed, to the same bits.
     """
     with one_thread():
         return Lockstep(
             methods, networks, settings or LockstepSettings(), measures, executor or Local()
-        ).run(progress)
+        ).run(progress, checkpoint)
 
 
 @dataclass(frozen=True)
@@ -170,12 +172,18 @@ class Lockstep:
         kept = honest.nonzero().flatten()
         return [(kept, tree.select(shard, kept)), (rows, poisoned)]
 
-    def run(self, progress: Callable[[int], None] | None) -> list[Run]:
-        watch = Stopwatch()
-        for round in range(self.first.rounds):
+    def run(
+        self, progress: Callable[[int], None] | None, checkpoint: Checkpoint | None = None
+    ) -> list[Run]:
+        begin, watch = (0, Stopwatch()) if checkpoint is None else checkpoint.resume(self)
+        if begin and progress is not None:
+            progress(begin)
+        for round in range(begin, self.first.rounds):
             if all(world.earliest_s() >= self.settings.horizon_s for world in self.worlds):
                 break
             self._round(round)
+            if checkpoint is not None and round + 1 < self.first.rounds:
+                checkpoint.offer(self, round + 1, watch)
             if progress is not None:
                 progress(round + 1)
         return [self._finish(world, watch) for world in self.worlds]
