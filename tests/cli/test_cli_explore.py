@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -66,6 +72,51 @@ def test_a_broken_invariant_is_shrunk_stored_and_replayed(folder: Path) -> None:
     again = [json.loads(line) for line in text.splitlines()]
     assert [line["seed"] for line in again] == [failure["seed"] for failure in failures]
     assert all("messages lost" in line["problem"] for line in again)
+
+
+def test_processes_find_the_same_in_the_same_order(folder: Path) -> None:
+    found = []
+    for jobs in ("1", "2"):
+        code, text = call("broken", "--seeds", "9", "--jobs", jobs, "--json")
+        assert code == 1, text
+        found.append((text, (folder / ".shoal" / "explore" / "broken.json").read_bytes()))
+    assert found[0] == found[1]
+    *failures, last = map(json.loads, found[0][0].splitlines())
+    seeds = [each["failure"]["seed"] for each in failures]
+    assert 3 <= len(seeds) < 9
+    assert seeds == sorted(seeds)
+    assert (last["seeds"], last["traces"]) == (9, 9)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="children are read from /proc")
+def test_ctrl_c_leaves_no_process(folder: Path) -> None:
+    command = [sys.executable, "-m", "shoal", "explore", "dpsgd", "--set", "rounds=2",
+               "--seeds", "1000", "--jobs", "2"]  # fmt: skip
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    deadline = time.monotonic() + 40
+    while len(started := children.read_text().split()) < 3:  # two workers, a resource tracker
+        assert time.monotonic() < deadline
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            pytest.fail(f"ended too early: {process.wait(0.05)}")
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert "stopped" in said
+    assert "Traceback" not in said
+    while any(map(_alive, started)):
+        assert time.monotonic() < deadline, "a worker outlives the command"
+        os.sched_yield()
+
+
+def _alive(pid: str) -> bool:
+    """A zombie, which waits for a parent that asks for it, is dead."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
 
 
 def test_misuse(folder: Path) -> None:

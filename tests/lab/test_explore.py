@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from shoal.base.errors import PeerError, UsageError
 from shoal.kernel.peer import Cost, Peer
-from shoal.lab.explore import explore, generate, replay
+from shoal.lab.explore import Plan, Trial, Tried, attempt, explore, generate, replay
 from shoal.wire.message import message
 from shoal.world.faults import KINDS, Round, check, from_data, to_data
 from shoal.world.links import Links
@@ -153,6 +154,26 @@ def test_failure_without_faults_is_reported_at_once() -> None:
     assert failure.minimal == ()
     assert found.seeds == 0
     assert "good enough" in failure.problem.text
+
+
+def test_a_search_that_is_spread_ends_at_the_same_seed() -> None:
+    closed = []
+
+    def spread(plan: Plan, seeds: Sequence[int]) -> Generator[Tried]:
+        trial = Trial(lambda: Beats("exception"), NETWORK, 20.0)
+        try:
+            # All of them are there before the first one is asked for, as from other processes.
+            yield from [attempt(trial, plan, seed) for seed in seeds]
+        finally:
+            closed.append(True)
+
+    limits = {"seeds": 8, "horizon_s": 20.0, "most_failures": 2, "shrink_runs": 0}
+    here = explore(lambda: Beats("exception"), NETWORK, **limits)
+    there = explore(lambda: Beats("exception"), NETWORK, **limits, spread=spread)
+    assert here == there
+    assert len(here.failures) == 2
+    assert here.seeds < 8
+    assert closed == [True]
 
 
 def test_misuse() -> None:

@@ -25,7 +25,7 @@ from shoal.lab.card import System
 from shoal.lab.cell import execute, make
 from shoal.lab.experiment import Experiment
 from shoal.lab.fuzz import INVARIANTS, Target, smallest, target
-from shoal.lab.launch import _method, is_strategy, launch
+from shoal.lab.launch import is_strategy, launch, method_of
 from shoal.lab.run import scenario_of
 from shoal.lab.scenario import Part, Scenario
 from shoal.parts import find, names
@@ -266,7 +266,7 @@ def examples(role: str, first: int = 0) -> list[Any]:
 
 def climb(strategy: Any = None, **changes: Any) -> Run:
     strategy = strategy or find("strategy", "local_steps")(steps=2, batch_size=4)
-    method, network, *_ = _method(strategy, WORLD.with_settings(changes), WORLD.seed)
+    method, network, *_ = method_of(strategy, WORLD.with_settings(changes), WORLD.seed)
     return check_strategy(replace(method, round_s=4.0 * method.round_s), network)
 
 

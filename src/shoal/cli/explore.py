@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,10 @@ from shoal.cli.options import Json, Peers, Settings, overrides, system_names
 
 if TYPE_CHECKING:
     from shoal.lab.explore import Exploration
+
+MANY = 100
+"""From so many fault lists on, all cores share them: a process takes as long to start as about 40
+lists take to run."""
 
 
 def command(
@@ -27,20 +32,26 @@ def command(
         Path | None,
         typer.Option("--replay", metavar="FILE", help="Run the failures in this file again."),
     ] = None,
+    jobs: Annotated[
+        int | None,
+        typer.Option("--jobs", "-j", min=1, help="Worker processes (default: all cores from 100 "
+                     "fault lists on, else 1)."),
+    ] = None,
     json: Json = False,
-) -> None:
+) -> None:  # fmt: skip
     """Look for fault lists that break a system.
 
     The system runs in the event engine, in its own scenario with about 10 peers and 8 rounds, once
     for every generated list of crashes, partitions, losses and other faults. A run fails when it
     hangs, when an exception comes out of it, and when an invariant is broken: messages are
     conserved, numbers are finite, and whatever the module of the system names in INVARIANTS.
-    Failing lists are shrunk and stored for --replay.
+    Failing lists are shrunk and stored for --replay. What is found does not depend on --jobs.
 
     Exit code 0: nothing found; 1: a failure; 2: misuse.
 
     Examples:
       shoal explore modest --seeds 300
+      shoal explore modest --seeds 1000 --jobs 4
       shoal explore dpsgd --peers 12 --set rounds=20
       shoal explore gossip --seeds 50 --json
       shoal explore modest --replay .shoal/explore/modest.json
@@ -51,8 +62,9 @@ def command(
     if again is not None:
         raise typer.Exit(_replay(name, again, given, json))
     aim = target(name, given)
+    cores = (os.cpu_count() or 1) if seeds >= MANY else 1
     with _bar(seeds, json) as tick:
-        found = aim.explore(seeds, seed, tick)
+        found = aim.explore(seeds, seed, tick, jobs=jobs or cores)
     path = _save(name, given, found) if found.failures else None
     (_show_json if json else _show)(name, found, path)
     raise typer.Exit(1 if found.failures else 0)

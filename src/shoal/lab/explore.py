@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -88,14 +89,14 @@ class Exploration:
 
 
 @dataclass(frozen=True)
-class _Trial:
-    """Everything about a run but its faults."""
+class Trial:
+    """Everything about a run but its seed and its faults."""
 
     make: Callable[[], Programs]
     network: Network
     horizon_s: float
-    events: int
-    invariants: tuple[Invariant, ...]
+    invariants: tuple[Invariant, ...] = ()
+    events: int = 1_000_000
 
     def run(
         self, seed: int, faults: Sequence[Fault], strict: bool
@@ -134,12 +135,52 @@ def _told(error: BaseException) -> str:
     return "; ".join([f"{type(error).__name__}: {error}", *getattr(error, "__notes__", ())])
 
 
+@dataclass(frozen=True)
+class Plan:
+    """How a seed becomes a fault list, and how far a failing one is shrunk."""
+
+    window_s: float
+    rounds: int
+    kinds: tuple[str, ...]
+    strict_every: int
+    shrink_runs: int
+
+
+@dataclass(frozen=True)
+class Tried:
+    """What came of one fault list. trace: the digest of the run, if there is one; ended: the class
+    of the error of the tree that ended it, or ""."""
+
+    kinds: tuple[str, ...]
+    trace: str | None
+    ended: str
+    failure: Failure | None
+
+
+def attempt(trial: Trial, plan: Plan, seed: int) -> Tried:
+    """Run the fault list of one seed, and shrink it if it fails."""
+    faults = generate(
+        seed, trial.network.peers, window_s=plan.window_s, rounds=plan.rounds, kinds=plan.kinds
+    )
+    strict = seed % plan.strict_every == 0
+    run, problem = trial.run(seed, faults, strict)
+    failure = None
+    if isinstance(problem, Problem):
+        minimal = _shrink(trial, seed, faults, strict, problem, plan.shrink_runs)
+        failure = Failure(seed, strict, faults, minimal, problem)
+    return Tried(
+        tuple(fault.kind for fault in faults), None if run is None else run.trace_digest,
+        problem if isinstance(problem, str) else "", failure,
+    )  # fmt: skip
+
+
 def explore(
     make_program: Callable[[], Programs], network: Network, *, seeds: int = 300, horizon_s: float,
     invariants: Sequence[Invariant] = (), kinds: Sequence[str] = tuple(KINDS),
     rounds: int | None = None, window_s: float | None = None, strict_every: int = 10,
     events: int = 1_000_000, first_seed: int = 0, most_failures: int = 10, shrink_runs: int = 200,
     progress: Callable[[int, int], None] | None = None,
+    spread: Callable[[Plan, Sequence[int]], Generator[Tried]] | None = None,
 ) -> Exploration:  # fmt: skip
     """Run `make_program()` under `seeds` fault lists and shrink those that fail.
 
@@ -147,13 +188,15 @@ def explore(
     run without faults takes) and, a third of them, at rounds below `rounds` (default: as many as
     the run without faults recorded). Every `strict_every`-th run uses the strict wire. The search
     ends early after `most_failures`; `progress(done, failures)` is called after each run.
+    spread: what gives `attempt(trial, plan, seed)` for each seed, in the order of the seeds; by
+    default they run here, one after the other. What is found does not depend on it.
     """
     unknown = [kind for kind in kinds if kind not in KINDS]
     if unknown or not kinds:
         raise UsageError(f"explore: kinds={tuple(kinds)!r}; need some of {', '.join(KINDS)}")
     if seeds < 1 or strict_every < 1:
         raise UsageError(f"explore: seeds={seeds}, strict_every={strict_every}; need at least 1")
-    trial = _Trial(make_program, network, horizon_s, events, tuple(invariants))
+    trial = Trial(make_program, network, horizon_s, tuple(invariants), events)
     quiet, problem = trial.run(first_seed, (), True)
     if window_s is None:
         window_s = min(horizon_s, quiet.virtual_s) if quiet is not None else horizon_s
@@ -167,24 +210,26 @@ def explore(
     if isinstance(problem, Problem):
         failures.append(Failure(first_seed, True, (), (), problem))
     else:
-        for done, seed in enumerate(range(first_seed, first_seed + seeds), 1):
-            faults = generate(
-                seed, network.peers, window_s=window_s or horizon_s, rounds=rounds, kinds=kinds
-            )
-            strict = seed % strict_every == 0
-            tried.update(fault.kind for fault in faults)
-            run, problem = trial.run(seed, faults, strict)
-            if run is not None:
-                traces.add(run.trace_digest)
-            if isinstance(problem, Problem):
-                minimal = _shrink(trial, seed, faults, strict, problem, shrink_runs)
-                failures.append(Failure(seed, strict, faults, minimal, problem))
-            elif problem:
-                ended[problem] += 1
-            if progress is not None:
-                progress(done, len(failures))
-            if len(failures) >= most_failures:
-                break
+        plan = Plan(window_s or horizon_s, rounds, tuple(kinds), strict_every, shrink_runs)
+        numbers = range(first_seed, first_seed + seeds)
+        each = (
+            (attempt(trial, plan, seed) for seed in numbers)
+            if spread is None
+            else spread(plan, numbers)
+        )
+        with closing(each):
+            for done, one in enumerate(each, 1):
+                tried.update(one.kinds)
+                if one.trace is not None:
+                    traces.add(one.trace)
+                if one.failure is not None:
+                    failures.append(one.failure)
+                elif one.ended:
+                    ended[one.ended] += 1
+                if progress is not None:
+                    progress(done, len(failures))
+                if len(failures) >= most_failures:
+                    break
     settings = {
         "horizon_s": horizon_s, "events": events, "window_s": window_s, "rounds": rounds,
         "kinds": list(kinds), "strict_every": strict_every, "first_seed": first_seed,
@@ -197,7 +242,7 @@ def replay(
     horizon_s: float, events: int = 1_000_000, invariants: Sequence[Invariant] = (),
 ) -> Problem | None:  # fmt: skip
     """Run a failure from its JSON again: the problem, or None when it is gone."""
-    trial = _Trial(make_program, network, horizon_s, events, tuple(invariants))
+    trial = Trial(make_program, network, horizon_s, tuple(invariants), events)
     faults = tuple(from_data(fault) for fault in data["faults"])
     _, problem = trial.run(data["seed"], faults, data["strict"])
     return problem if isinstance(problem, Problem) else None
@@ -272,7 +317,7 @@ def _fault(seed: int, number: int, kind: str, peers: int, window_s: float, round
 
 
 def _shrink(
-    trial: _Trial, seed: int, faults: tuple[Fault, ...], strict: bool, problem: Problem, runs: int
+    trial: Trial, seed: int, faults: tuple[Fault, ...], strict: bool, problem: Problem, runs: int
 ) -> tuple[Fault, ...]:
     """A list that fails in the same way and from which nothing can be taken (Zeller and
     Hildebrandt 2002, one-minimal); then fewer peers, rounder and shorter times."""

@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+import pickle
+from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
-from shoal.base.errors import UsageError
+from shoal.base.errors import ShoalError, UsageError
 from shoal.lab import discover
-from shoal.lab.build import build
 from shoal.lab.card import Arm
 from shoal.lab.cell import Cell, cell_of, make
-from shoal.lab.explore import Exploration, Invariant, Problem, explore, replay
-from shoal.lab.launch import _method, bound, is_strategy, network_of
+from shoal.lab.explore import (
+    Exploration,
+    Invariant,
+    Plan,
+    Problem,
+    Trial,
+    Tried,
+    attempt,
+    explore,
+    replay,
+)  # fmt: skip
+from shoal.lab.jobs import workers
+from shoal.lab.launch import program_of
 from shoal.lab.run import scenario_of
 from shoal.lab.scenario import Part, Scenario
 from shoal.world.network import Network
@@ -36,14 +49,28 @@ class Target:
     network: Network
     horizon_s: float
     invariants: tuple[Invariant, ...]
+    overrides: Mapping[str, Any] = field(default_factory=dict)
 
     def explore(
-        self, seeds: int, first_seed: int = 0, progress: Callable[[int, int], None] | None = None
-    ) -> Exploration:
-        """Search for fault lists that break it."""
+        self, seeds: int, first_seed: int = 0,
+        progress: Callable[[int, int], None] | None = None, *, jobs: int = 1,
+    ) -> Exploration:  # fmt: skip
+        """Search for fault lists that break it, in `jobs` processes.
+
+        What is found, and in which order, does not depend on `jobs`. A script that asks for more
+        than one needs the usual `if __name__ == "__main__"`.
+        """
+        if jobs < 1:
+            raise UsageError(f"jobs = {jobs}; need at least 1")
+        jobs = min(jobs, seeds)
+
+        def spread(plan: Plan, numbers: Sequence[int]) -> Generator[Tried]:
+            return _in_processes(self.name, self.overrides, plan, numbers, jobs)
+
         return explore(
             lambda: self.program, self.network, seeds=seeds, first_seed=first_seed,
             horizon_s=self.horizon_s, invariants=self.invariants, progress=progress,
+            spread=spread if jobs > 1 else None,
         )  # fmt: skip
 
     def replay(self, failure: Mapping[str, Any]) -> Problem | None:
@@ -66,14 +93,45 @@ def target(name: str, overrides: Mapping[str, Any] | None = None) -> Target:
             f"explore {name}: a study runs worlds of its own (explore what it studies)"
         )
     what, scenario = _made(smallest(name, overrides))
-    program, network = _program(what, scenario)
+    program, network = program_of(what, scenario, scenario.seed)
     quiet = _quiet(program, network)
     module = discover.module_of(discover.find(name))
     falling = () if card.kind == "program" else (rounds_do_not_fall,)
     return Target(
         name, program, network, PATIENCE * max(quiet.virtual_s, 1.0),
-        (*INVARIANTS, *falling, *getattr(module, "INVARIANTS", ())),
+        (*INVARIANTS, *falling, *getattr(module, "INVARIANTS", ())), dict(overrides or {}),
     )  # fmt: skip
+
+
+def _in_processes(
+    name: str, overrides: Mapping[str, Any], plan: Plan, seeds: Sequence[int], jobs: int
+) -> Generator[Tried]:
+    """The seeds spread over processes, in their order; closing it ends the processes."""
+    # A system's module need not be importable by name in another process (SHOAL_SYSTEMS), so
+    # that what travels is how to make the target, not the target.
+    recipe = pickle.dumps((name, dict(overrides)))
+    with workers(jobs) as pool:
+        waiting = [pool.submit(_attempt, recipe, plan, seed) for seed in seeds]
+        for seed, future in zip(seeds, waiting, strict=True):
+            try:
+                yield future.result()
+            except BrokenProcessPool:
+                raise ShoalError(
+                    f"a worker process died at fault list {seed} of {name} or one near it (out "
+                    "of memory? lower --jobs)"
+                ) from None
+
+
+def _attempt(recipe: bytes, plan: Plan, seed: int) -> Tried:
+    """In the worker."""
+    aim = _made_again(recipe)
+    trial = Trial(lambda: aim.program, aim.network, aim.horizon_s, aim.invariants)
+    return attempt(trial, plan, seed)
+
+
+@lru_cache(maxsize=1)
+def _made_again(recipe: bytes) -> Target:
+    return target(*pickle.loads(recipe))
 
 
 def smallest(name: str, overrides: Mapping[str, Any] | None = None) -> Cell:
@@ -104,16 +162,6 @@ def _smallest(scenario: Scenario, given: Mapping[str, Any]) -> Scenario:
     if isinstance(topology, Part) and dict(topology.settings).get("degree", 0) > 4:
         changes["topology.degree"] = 4
     return scenario.with_settings({k: v for k, v in changes.items() if k not in given})
-
-
-def _program(what: Any, scenario: Scenario) -> tuple[Any, Network]:
-    if is_strategy(what):
-        from shoal.rounds.adapter import Rounds
-
-        method, network, *_ = _method(what, scenario, scenario.seed)
-        return Rounds.of(method), network
-    pieces = build(scenario)
-    return bound(what, scenario, pieces, scenario.seed), network_of(scenario, pieces)
 
 
 def _quiet(program: Any, network: Network) -> Run:

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,12 +78,8 @@ def in_processes(
 ) -> Iterator[Outcome]:
     """Outcomes in the order in which they finish. Leaving the loop early ends the processes."""
     _check_picklable(waiting, launcher)
-    before = set(multiprocessing.active_children())
     groups = stacked(waiting, launcher)
-    pool = ProcessPoolExecutor(
-        min(jobs, len(groups)), multiprocessing.get_context("spawn"), _start_worker
-    )
-    try:
+    with workers(min(jobs, len(groups))) as pool:
         futures = {}
         for group in groups:
             paths = [
@@ -104,6 +101,18 @@ def in_processes(
                 if data is not None and store is not None and key is not None:
                     store.put_encoded(key, cell, data)
                 yield Outcome(cell, decode_run(data) if data is not None else None, error, key)
+
+
+@contextmanager
+def workers(jobs: int) -> Iterator[ProcessPoolExecutor]:
+    """Spawned processes with one thread of arithmetic each; gone whenever the block is left.
+
+    Leaving it by an exception, Ctrl-C included, ends them in the middle of what they do.
+    """
+    before = set(multiprocessing.active_children())
+    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _start_worker)
+    try:
+        yield pool
         pool.shutdown()
     except BaseException:
         # A cell may have minutes to go; Ctrl-C means now. What is stored is whole.

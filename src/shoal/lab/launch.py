@@ -58,7 +58,7 @@ def launch_seeds(
     if engine not in ENGINES:
         raise UsageError(f"engine {engine!r}; need one of {', '.join(ENGINES)}")
     least_s = LIVE_ROUND_S if engine == "live" else 0.0
-    made = [_method(what, s, seed, least_s) for s, seed in zip(scenarios, seeds, strict=True)]
+    made = [method_of(what, s, seed, least_s) for s, seed in zip(scenarios, seeds, strict=True)]
     from shoal.engine.lockstep import LockstepSettings, run_lockstep
     from shoal.engine.lockstep.timeline import SUPPORTED
 
@@ -136,10 +136,24 @@ def _defaults(pieces: Pieces) -> tuple[Any, Any]:
     return pieces.aggregator or find("aggregate", "mean")(), transform.bind(pieces.task.spec)
 
 
-def _method(
+def program_of(what: Any, scenario: Scenario, seed: int) -> tuple[Any, Network]:
+    """A Strategy or Program as the program that every peer runs, and the world around them."""
+    if is_strategy(what):
+        from shoal.rounds.adapter import Rounds
+
+        method, network, *_ = method_of(what, scenario, seed)
+        return Rounds.of(method), network
+    pieces = build(replace(scenario, seed=seed))
+    return bound(what, scenario, pieces, seed), network_of(scenario, pieces)
+
+
+def method_of(
     what: Any, scenario: Scenario, seed: int, least_s: float = 0.0
 ) -> tuple[Method, Network, Pieces, Measure]:
-    """least_s: how long a round must be at least when the scenario does not say how long it is."""
+    """A Strategy with everything around it that a scenario describes.
+
+    least_s: how long a round must be at least when the scenario does not say how long it is.
+    """
     from shoal.engine.lockstep import round_seconds
     from shoal.parts import find
     from shoal.rounds.measure import Measure
