@@ -106,7 +106,8 @@ class Method:
         """A peer's own data, poisoned if the peer is Byzantine and the attack poisons."""
         shard = self.task.shard(peer)
         if self.attack is not None and isinstance(peer, int) and peer in self.byzantine:
-            return self.attack.poison(self.task, shard, keyed.key_of(self.seed, "poison", peer))
+            key = keyed.key_of(self.seed, "poison", peer, device=shard.size.device)
+            return self.attack.poison(self.task, shard, key)
         return shard
 
     def reports(self, round: int) -> bool:
@@ -148,7 +149,7 @@ class Method:
     def work_cost(self) -> Cost:
         """What one peer's local work takes; counted once at one peer's shapes."""
         state, codec = self.strategy.init(self.initial), self.transform.init(self.initial)
-        key = keyed.key_of(self.seed, "cost")
+        key = keyed.key_of(self.seed, "cost", device=self.initial.device)
         return Cost(flops=count_flops(work, state, codec, self.task.shard(0), key, self, 0))
 
     def combine_cost(self, sources: int) -> Cost:

@@ -4,6 +4,10 @@ Rows of different seeds never meet: they are worlds of their own that share the 
 are tensors too, so faults, loss and deadlines give the same deliveries as the event engine. One
 thing is simpler here: a peer that comes back while a round is under way goes on with the next one
 (`Run.settings["behind"]` counts those), where a program would repeat the round for itself.
+
+What grows with the model (states, payloads, samples) lives where the task's tensors do. Clocks,
+masks and who hears whom are small and decide what happens next, so they stay on the processor and
+go over to the device once a round, without waiting for it; names that end in `_there` are theirs.
 """
 
 from __future__ import annotations
@@ -31,6 +35,7 @@ from shoal.rounds.measure import Measure
 from shoal.rounds.method import Method, Wave
 from shoal.rounds.strategy import Heard
 from shoal.tensor import keyed, tree
+from shoal.tensor.memory import kept_memory
 from shoal.tensor.threads import one_thread
 from shoal.wire.codec import size_of
 from shoal.wire.message import Packed
@@ -69,7 +74,7 @@ def run_lockstep(
     share a table (see `Task.joined`): the first method's strategy, aggregator and transform serve
     all. With a `checkpoint` the rounds go on where an earlier process was killed, to the same bits.
     """
-    with one_thread():
+    with one_thread(), kept_memory():
         return Lockstep(
             methods, networks, settings or LockstepSettings(), measures, executor or Local()
         ).run(progress, checkpoint)
@@ -141,6 +146,10 @@ class Lockstep:
         self.hub = first.exchange.hub
         self.hub_rows = torch.tensor([w.offset + (self.hub or 0) for w in self.worlds])
         initial = torch.stack([m.initial for m in methods])
+        self.device = initial.device
+        self.hubs_there = self._there(self.hub_rows)
+        self.keys_there = self._there(torch.stack([w.key for w in self.worlds])).unsqueeze(-1)
+        self.peers_there = torch.arange(first.peers, device=self.device)
         everyone = initial.repeat_interleave(first.peers, 0)
         self.state = first.strategy.init(everyone)
         self.codec = first.transform.init(everyone)
@@ -149,13 +158,19 @@ class Lockstep:
         restarts = any(f.until is not None for n in networks for f in n.faults)
         self.fresh = (self.state, self.codec, self.hub_state) if restarts else None
         self.saved = self.fresh
+        self.everyone = self.shared.task.shard(torch.arange(self.total, device=self.device))
+        self.hubs = None if self.hub is None else self.shared.task.shard(self.hubs_there)
         self.shards = self._shards(methods)
+        self._meshes: dict[int, _Mesh] = {}
+
+    def _there(self, tensor: Tensor) -> Tensor:
+        """A small tensor of the processor's on the device; nobody waits for it to arrive."""
+        return tensor if self.device.type == "cpu" else tensor.to(self.device, non_blocking=True)
 
     def _shards(self, methods: Sequence[Method]) -> list[tuple[Tensor, Any]]:
-        """Groups of rows whose shards have one structure: (rows, stacked shards)."""
-        task, attack = self.shared.task, self.first.attack
+        """Groups of rows whose shards have one structure: (rows, stacked shards there)."""
+        task, attack, shard = self.shared.task, self.first.attack, self.everyone
         every = torch.arange(self.total)
-        shard = task.shard(every)
         if attack is None or not any(m.byzantine for m in methods):
             return [(every, shard)]
         byzantine = [torch.tensor(m.byzantine, dtype=torch.int64) for m in methods]
@@ -166,11 +181,15 @@ class Lockstep:
                 for m, b in zip(methods, byzantine, strict=True)
             ]
         )
-        poisoned = attack.poison(task, tree.select(shard, rows), keys)
+        poisoned = attack.poison(task, self._select(shard, rows), self._there(keys))
         honest = torch.ones_like(every, dtype=torch.bool)
         honest[rows] = False
         kept = honest.nonzero().flatten()
-        return [(kept, tree.select(shard, kept)), (rows, poisoned)]
+        return [(kept, self._select(shard, kept)), (rows, poisoned)]
+
+    def _select(self, there: Any, rows: Tensor) -> Any:
+        """Some rows of a tree on the device."""
+        return tree.select(there, self._there(rows))
 
     def run(
         self, progress: Callable[[int], None] | None, checkpoint: Checkpoint | None = None
@@ -194,7 +213,7 @@ class Lockstep:
         run.happenings = world.timeline.happenings(run.virtual_s)
         run.bytes_sent = world.bytes_sent.tolist()
         run.bytes_received = world.bytes_received.tolist()
-        params = self._params()[world.rows]
+        params = self._params()[world.rows].cpu()
         run.final = dict(enumerate(params))
         run.state_digest = digest_of(run.final)
         run.settings = {**asdict(self.settings), "margin": world.margin, "behind": world.behind}
@@ -207,7 +226,7 @@ class Lockstep:
         if self.hub is None:
             return self.first.strategy.params(self.state)
         hub = self.first.strategy.params(self.hub_state)
-        return self.adopted.index_copy(0, self.hub_rows, hub)
+        return self.adopted.index_copy(0, self.hubs_there, hub)
 
     # One round.
 
@@ -216,7 +235,8 @@ class Lockstep:
         for world in worlds:
             world.begin(round)
             self._renew(world)
-        keys = torch.cat([keyed.fold(w.key, w.peers, "round", round) for w in worlds])
+        # Every peer's key as its own program would make it: [seeds, peers].
+        keys = keyed.fold(self.keys_there, self.peers_there, "round", round).flatten()
         received = self._down(round) if self.hub is not None else None
         on = torch.cat([w.on for w in worlds])
         work = self._work(on, keys, round, received)
@@ -225,18 +245,19 @@ class Lockstep:
         hops = len(waves[0])
         for world in worlds:
             world.work()
-        heard = Heard(current, on.to(torch.int64), extra)
+        heard = Heard(current, self._there(on.to(torch.int64)), extra)
         for hop in range(hops):
             if hop:
                 payload, codec, current = phases.encode(current, codec, keys, self.shared, hop)
                 size = payload.size_bytes()
+            size = size.cpu()
             outgoing, special = self._attacked(current, codec, keys, round, hop)
             frame = size_of(_update(round, hop, work.weight, extra)) + ((size + 7) & ~7)
             slots = [w.slots(hop, wave[hop]) for w, wave in zip(worlds, waves, strict=True)]
             masks = [
                 w.exchange(hop, hops, s, frame[w.rows]) for w, s in zip(worlds, slots, strict=True)
             ]
-            mesh = _Mesh(worlds, slots, masks, [wave[hop] for wave in waves])
+            mesh = self._mesh(hop, slots, masks, [wave[hop] for wave in waves])
             heard = self._combine(
                 mesh, current, outgoing, special, work.weight, extra, last=hop == hops - 1
             )
@@ -251,6 +272,13 @@ class Lockstep:
                 times, present = self._reporting(world)
                 world.measure.stacked(round, times, present, self._params()[world.rows])
             world.report(round, numbers)
+
+    def _mesh(self, hop: int, slots: list[Slots], masks: list[Tensor], waves: list[Wave]) -> _Mesh:
+        """The wave on stacked rows, kept while the same peers hear the same ones."""
+        mesh = self._meshes.get(hop)
+        if mesh is None or not mesh.serves(slots, waves):
+            mesh = self._meshes[hop] = _Mesh(self, slots, waves)
+        return mesh.with_masks(self, masks)
 
     def _reporting(self, world: World) -> tuple[Tensor, Tensor]:
         """(when, whether) each peer reports its parameters for this round."""
@@ -267,11 +295,11 @@ class Lockstep:
             assert self.saved is not None
             assert self.fresh is not None
             source = self.saved if kept and self.first.checkpoint_every else self.fresh
-            row = torch.tensor([peer + world.offset])
+            row = self._there(torch.tensor([peer + world.offset]))
             self.state = _copied(self.state, source[0], row)
             self.codec = _copied(self.codec, source[1], row)
             if peer == self.hub:
-                which = torch.tensor([self.worlds.index(world)])
+                which = self._there(torch.tensor([self.worlds.index(world)]))
                 self.hub_state = _copied(self.hub_state, source[2], which)
         world.reset.clear()
 
@@ -291,7 +319,7 @@ class Lockstep:
                 else params.repeat_interleave(self.first.peers, 0)
             )
         else:
-            rows = on.nonzero().flatten()
+            rows = self._there(on.nonzero().flatten())
             self.adopted = self.adopted.index_copy(0, rows, params[rows // self.first.peers])
         return self.adopted
 
@@ -305,20 +333,29 @@ class Lockstep:
                 continue
             whole = len(inside) == len(rows)
             order.append(rows if whole else rows[inside])
-            mine = shard if whole else tree.select(shard, inside)
+            mine = shard if whole else self._select(shard, inside)
             pieces.extend(self._chunks(order[-1], mine, keys, round, received))
         if not pieces:
-            return _Work(self.state, self.codec, torch.zeros_like(keys), self._params(), None, {})
+            none = torch.zeros_like(on, dtype=torch.int64)
+            return _Work(self.state, self.codec, none, self._params(), None, {})
         done = pieces[0] if len(pieces) == 1 else tree.merge_trees(_CatOnce(), pieces)
         rows = torch.cat(order)
         if len(rows) == self.total:
-            return done if len(order) == 1 else tree.select(done, torch.argsort(rows))
+            if len(order) == 1:
+                return done
+            back = torch.argsort(rows)
+            back_there = self._there(back)
+            return tree.map_tree(lambda leaf: leaf[back if leaf.is_cpu else back_there], done)
+        there = self._there(rows)
         base = _Work(
-            self.state, self.codec, torch.zeros_like(keys), self._params(),
+            self.state, self.codec, done.size_bytes.new_zeros(self.total), self._params(),
             None if done.weight is None else done.weight.new_zeros(self.total),
             {n: v.new_zeros((self.total, *v.shape[1:])) for n, v in done.extra.items()},
         )  # fmt: skip
-        return tree.merge_trees(lambda pair: pair[0].index_copy(0, rows, pair[1]), [base, done])
+        return tree.merge_trees(
+            lambda pair: pair[0].index_copy(0, rows if pair[0].is_cpu else there, pair[1]),
+            [base, done],
+        )
 
     def _chunks(
         self, rows: Tensor, shard: Any, keys: Tensor, round: int, received: Tensor | None
@@ -331,7 +368,7 @@ class Lockstep:
         batches = []
         for i in range(0, len(rows), most):
             part = slice(i, min(i + most, len(rows)))
-            at: Any = part if every else rows[part]
+            at: Any = part if every else self._there(rows[part])
             batches.append(
                 (
                     tree.select(self.state, at), None if received is None else received[at],
@@ -359,12 +396,13 @@ class Lockstep:
                 alike.append((world, honest, byzantine))
         for (honest_count, _), group in groups.items():
             fair = torch.stack([honest + world.offset for world, honest, _ in group])
-            rows = torch.stack([byzantine + world.offset for world, _, byzantine in group])
+            liars = torch.stack([byzantine + world.offset for world, _, byzantine in group])
+            rows = self._there(liars)
             made = current[rows]
             if honest_count or attack.knowledge is Knowledge.OWN:
                 methods = [world.method for world, *_ in group]
                 sides = [Sides(tuple(h.tolist()), tuple(b.tolist())) for _, h, b in group]
-                made = craft(methods, round, hop, sides, current[fair], made)
+                made = craft(methods, round, hop, sides, current[self._there(fair)], made)
             state, mine = tree.select(codec, rows), keys[rows]
             if made.dim() == 4:
                 receivers = made.shape[1]
@@ -377,7 +415,7 @@ class Lockstep:
                 mine = mine.unsqueeze(1).expand(-1, receivers, -1)
             _, _, seen = phases.encode(made, state, mine, self.shared, hop)
             if seen.dim() == 4:
-                lies = zip(fair, rows, seen, strict=True)
+                lies = zip(fair, liars, seen, strict=True)
                 special.extend(_Lies(*each) for each in lies)
                 seen = seen[:, 0]
             outgoing[rows] = seen
@@ -397,7 +435,7 @@ class Lockstep:
             taught = taught.to(torch.float64)
         mask, share = phases.weights_of(mesh.mask, mesh.mixing, taught)
         vector = self._aggregate(mesh, mask, share, current, outgoing, special)
-        hubs = last and self.hub is not None and torch.equal(mesh.receiver, self.hub_rows)
+        hubs = last and mesh.to_hubs
         portion = mask.to(torch.float64) if share is None else share
         total = portion.sum(-1, keepdim=True)
         alone = torch.zeros_like(portion)
@@ -426,7 +464,9 @@ class Lockstep:
             own = current if everyone else current[mesh.receiver]
             mixed = mix(_matrix(mesh, weights, self.total), current, own)
             heard = (weights > 0).any(-1, keepdim=True)
-            return mixed if bool(heard.all()) else torch.where(heard, mixed, own)
+            # Looking spares a copy here; on a device it would cost a wait.
+            spared = heard.is_cpu and bool(heard.all())
+            return mixed if spared else torch.where(heard, mixed, own)
         among = getattr(rule, "among", None)
         if among is not None and share is None and not special and self._dense(mesh):
             return self._among(mesh, mask, current, outgoing, among)
@@ -444,18 +484,20 @@ class Lockstep:
     ) -> Tensor:  # fmt: skip
         """All receivers of a world in one call of the rule, without gathering their stacks."""
         worlds, peers = len(self.worlds), self.first.peers
-        heard = torch.zeros(self.total, peers, dtype=torch.bool)
-        rows = torch.cat((mesh.receiver.unsqueeze(-1), mesh.source), -1)
-        receiver = mesh.receiver.unsqueeze(-1).expand(rows.shape)
-        heard[receiver[mask], rows[mask] % peers] = True
+        # Receivers are all rows in order. Padding adds nothing to the count of the row it names.
+        columns = torch.cat((mesh.receiver.unsqueeze(-1), mesh.source), -1) % peers
+        count = torch.zeros(self.total, peers, dtype=torch.uint8, device=self.device)
+        heard = count.scatter_add_(1, columns, mask.to(torch.uint8)) > 0
         x = outgoing.view(worlds, peers, -1)
         made = among(x, heard.view(worlds, peers, peers)).reshape(self.total, -1)
         if outgoing is current:
             return made
         # Byzantine peers hear their own honest vector, whatever they told the others.
-        bad = torch.cat([torch.tensor(w.method.byzantine) + w.offset for w in self.worlds])
-        own = self._gathered(mesh, bad.to(torch.int64), mask, None, current, outgoing, [])
-        return made.index_copy(0, bad.to(torch.int64), own)
+        bad = torch.cat(
+            [torch.tensor(w.method.byzantine, dtype=torch.int64) + w.offset for w in self.worlds]
+        )
+        own = self._gathered(mesh, bad, mask, None, current, outgoing, [])
+        return made.index_copy(0, self._there(bad), own)
 
     def _gathered(
         self, mesh: _Mesh, places: Tensor, mask: Tensor, share: Tensor | None, current: Tensor,
@@ -465,13 +507,17 @@ class Lockstep:
         slots = mask.shape[-1]
         step = max(1, self.settings.chunk_bytes // (4 * slots * current.shape[-1]))
         results = []
-        for part in places.split(step):
+        for here in places.split(step):
+            part = self._there(here)
             receiver, source = mesh.receiver[part], mesh.source[part]
             own = current[receiver]
             x = outgoing[torch.cat((receiver.unsqueeze(-1), source), -1)]
             x[:, 0] = own
             for lies in special:
-                lies.tell(x, receiver, source)
+                receiver_row, slot, told, liar = lies.places(mesh, here)
+                x[self._there(receiver_row), self._there(slot)] = lies.vectors[
+                    self._there(told), self._there(liar)
+                ]
             weights = None if share is None else share[part]
             results.append(self.first.aggregator(x, mask=mask[part], weight=weights, center=own))
         return torch.cat(results)
@@ -481,52 +527,50 @@ class Lockstep:
         done = torch.cat([w.conclude() for w in self.worlds])
         if self.hub is not None:
             self._lead(heard, work, keys, round)
-            self.state = _kept(done, work.state, self.state)
-            self.codec = _kept(done, codec, self.codec)
+            made = work.state
         else:
-            shard = (
-                self.shared.task.shard(torch.arange(self.total))
-                if len(self.shards) > 1
-                else self.shards[0][1]
+            made, _ = phases.apply(
+                work.state, heard, work.sent, self.everyone, keys, self.shared, round
             )
-            made, _ = phases.apply(work.state, heard, work.sent, shard, keys, self.shared, round)
-            self.state = _kept(done, made, self.state)
-            self.codec = _kept(done, codec, self.codec)
+        self.state = self._kept(done, made, self.state)
+        self.codec = self._kept(done, codec, self.codec)
         every = self.first.checkpoint_every
         if self.saved is not None and every and (round + 1) % every == 0:
             self.saved = (
-                _kept(done, self.state, self.saved[0]), _kept(done, self.codec, self.saved[1]),
-                self.hub_state,
+                self._kept(done, self.state, self.saved[0]),
+                self._kept(done, self.codec, self.saved[1]), self.hub_state,
             )  # fmt: skip
 
     def _lead(self, heard: Heard, work: _Work, keys: Tensor, round: int) -> None:
         """apply at the hubs."""
-        rows = self.hub_rows
+        rows = self.hubs_there
         led = torch.tensor([w.led for w in self.worlds])
         if not bool(led.any()):
             return
         at = heard if len(heard.vector) == len(rows) else tree.select(heard, rows)
-        shard = self.shared.task.shard(rows)
         made, _ = phases.apply(
-            self.hub_state, at, work.sent[rows], shard, keys[rows], self.shared, round
+            self.hub_state, at, work.sent[rows], self.hubs, keys[rows], self.shared, round
         )
-        self.hub_state = _kept(led, made, self.hub_state)
+        self.hub_state = self._kept(led, made, self.hub_state)
+
+    def _kept(self, done: Tensor, new: Any, old: Any) -> Any:
+        return new if bool(done.all()) else tree.where(self._there(done), new, old)
 
 
 @dataclass(frozen=True)
 class _Lies:
-    """Equivocation in one seed: vectors [receivers, byzantine, dim] with their rows."""
+    """Equivocation in one seed: vectors [receivers, byzantine, dim] there, with their rows."""
 
     receivers: Tensor
     byzantine: Tensor
     vectors: Tensor
 
-    def tell(self, x: Tensor, receiver: Tensor, source: Tensor) -> None:
-        """Put each receiver's own lies into its stack x [chunk, k + 1, dim]."""
-        who = (receiver.unsqueeze(-1) == self.receivers).nonzero()
-        for place, index in who.tolist():
-            slot, liar = (source[place].unsqueeze(-1) == self.byzantine).nonzero(as_tuple=True)
-            x[place, slot + 1] = self.vectors[index, liar]
+    def places(self, mesh: _Mesh, part: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Where stacks [part, k + 1, dim] hold lies, and which: (row, slot, receiver, liar)."""
+        row, told = (mesh.receiver_here[part].unsqueeze(-1) == self.receivers).nonzero().unbind(1)
+        source = mesh.source_here[part[row]]
+        which, slot, liar = (source.unsqueeze(-1) == self.byzantine).nonzero().unbind(1)
+        return row[which], slot + 1, told[which], liar
 
 
 class _CatOnce:
@@ -543,32 +587,47 @@ class _CatOnce:
 
 
 class _Mesh:
-    """A wave of all seeds on stacked rows: who hears whom, what arrived, mixing weights."""
+    """A wave of all seeds on stacked rows: who hears whom, what arrived, mixing weights.
 
-    def __init__(
-        self, worlds: list[World], slots: list[Slots], masks: list[Tensor], waves: list[Wave]
-    ) -> None:
-        width = max(s.source.shape[1] for s in slots)
+    All on the device, but for the two that end in `_here`.
+    """
+
+    mask: Tensor
+    """[receivers, k + 1], own row first: what each one uses"""
+
+    def __init__(self, engine: Lockstep, slots: list[Slots], waves: list[Wave]) -> None:
+        self._made_of = (slots, waves)
+        self._width = width = max(s.source.shape[1] for s in slots)
 
         def wide(tensor: Tensor) -> Tensor:
             return torch.nn.functional.pad(tensor, (0, width - tensor.shape[1]))
 
-        pairs = list(zip(worlds, slots, strict=True))
-        self.receiver = torch.cat([s.receiver + w.offset for w, s in pairs])
-        self.source = torch.cat([wide(s.source) + w.offset for w, s in pairs])
-        self.mask = torch.cat(
-            [torch.nn.functional.pad(m, (0, width + 1 - m.shape[1])) for m in masks]
-        )
+        pairs = list(zip(engine.worlds, slots, strict=True))
+        self.receiver_here = torch.cat([s.receiver + w.offset for w, s in pairs])
+        self.source_here = torch.cat([wide(s.source) + w.offset for w, s in pairs])
+        self.receiver = engine._there(self.receiver_here)
+        self.source = engine._there(self.source_here)
+        self.to_hubs = engine.hub is not None and torch.equal(self.receiver_here, engine.hub_rows)
         mixing = [wave.mixing for wave in waves]
         self.mixing: Tensor | None = None
         if all(m is not None for m in mixing):
-            self.mixing = torch.cat(
-                [
-                    torch.nn.functional.pad(m, (0, width + 1 - m.shape[1]))
-                    for m in mixing
-                    if m is not None
-                ]
-            )
+            rows = [
+                torch.nn.functional.pad(m, (0, width + 1 - m.shape[1]))
+                for m in mixing
+                if m is not None
+            ]
+            self.mixing = engine._there(torch.cat(rows))
+
+    def serves(self, slots: list[Slots], waves: list[Wave]) -> bool:
+        """Whether it was made of the very same."""
+        old_slots, old_waves = self._made_of
+        return all(a is b for a, b in zip((*old_slots, *old_waves), (*slots, *waves), strict=True))
+
+    def with_masks(self, engine: Lockstep, masks: list[Tensor]) -> _Mesh:
+        """This mesh with what arrived now."""
+        wide = [torch.nn.functional.pad(m, (0, self._width + 1 - m.shape[1])) for m in masks]
+        self.mask = engine._there(torch.cat(wide))
+        return self
 
 
 def _update(round: int, hop: int, weight: Tensor | None, extra: Mapping[str, Tensor]) -> Update:
@@ -583,7 +642,7 @@ def _matrix(mesh: _Mesh, weights: Tensor, total: int) -> Tensor:
     if receivers * total <= 1 << 16 or receivers * 8 <= total:
         dense = weights.new_zeros(receivers, total)
         return dense.scatter_add_(1, columns, weights)
-    starts = torch.arange(0, receivers * slots + 1, slots)
+    starts = torch.arange(0, receivers * slots + 1, slots, device=weights.device)
     with warnings.catch_warnings():
         # torch announces once per process that CSR is in beta.
         warnings.simplefilter("ignore", UserWarning)
@@ -598,10 +657,6 @@ def _aligned(portion: Tensor, like: Tensor) -> Tensor:
 
 def _placed(base: Tensor, rows: Tensor, values: Tensor) -> Tensor:
     return values if len(rows) == len(base) else base.index_copy(0, rows, values.to(base.dtype))
-
-
-def _kept(done: Tensor, new: Any, old: Any) -> Any:
-    return new if bool(done.all()) else tree.where(done, new, old)
 
 
 def _copied(into: Any, source: Any, rows: Tensor) -> Any:

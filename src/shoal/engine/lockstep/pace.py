@@ -29,8 +29,9 @@ def round_seconds(method: Method, network: Network) -> float:
     world = World(replace(method, round_s=_ENDLESS_S, byzantine=(), attack=None), calm, None, 0)
     initial = method.initial
     payload, _ = method.transform.encode(
-        initial, method.transform.init(initial), keyed.key_of(method.seed, "pace")
-    )
+        initial, method.transform.init(initial),
+        keyed.key_of(method.seed, "pace", device=initial.device),
+    )  # fmt: skip
     frame = torch.full_like(world.peers, int(payload.size_bytes()) + 128)
     world.begin(0)
     if method.exchange.hub is not None:

@@ -36,14 +36,15 @@ class Mean:
         self, x: Stack, *, mask: Mask, weight: Weight | None = None, center: Vector | None = None
     ) -> Vector:
         weight = weight if self.weighted else None
-        share = shares(mask, weight)
-        value = combine(share, x)
-        if not certain(torch.isfinite(value.sum(-1))):
-            # Some row is not finite, and spoiled the result whether it weighs anything or not.
-            x, rows = usable(x, mask)
-            share = shares(rows, weight)
+        if x.is_cpu:
+            share = shares(mask, weight)
             value = combine(share, x)
-        return or_center(value, share.sum(-1) > 0, center)
+            if certain(torch.isfinite(value.sum(-1))):
+                return or_center(value, share.sum(-1) > 0, center)
+        # Some row may not be finite: it would spoil the result whether it weighs anything or not.
+        x, rows = usable(x, mask)
+        share = shares(rows, weight)
+        return or_center(combine(share, x), share.sum(-1) > 0, center)
 
     def mix(self, weight: Weight, x: Stack, center: Stack | None = None) -> Stack:
         """All receivers at once: weight [receivers, senders] (dense or CSR) times x.
@@ -56,9 +57,10 @@ class Mean:
         if not self.weighted:
             weight = _ones_like(weight)
         # A row that is not finite spoils every number it enters, whatever it weighs. So one look at
-        # the sums of the result tells that none did, and spares a copy of everything.
+        # the sums of the result tells that none did, and spares a copy of everything. On a device
+        # the copy costs less than the wait for that look.
         total = _product(weight, weight.new_ones((x.shape[-2], 1), layout=torch.strided))
-        if certain(total > 0):
+        if x.is_cpu and certain(total > 0):
             mixed = _product(weight.to(x.dtype), x)
             if certain(torch.isfinite(mixed.sum(-1))):
                 return mixed.div_(total.to(x.dtype))

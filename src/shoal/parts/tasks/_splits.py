@@ -185,11 +185,11 @@ def shards_of(parts: Sequence[np.ndarray], device: str = "cpu") -> Shard:
     [[4, 7], [5, 0]]
     """
     most = max(1, *(len(part) for part in parts)) if parts else 1
-    index = torch.zeros((len(parts), most), dtype=torch.int64, device=device)
+    index = torch.zeros((len(parts), most), dtype=torch.int64, device="cpu")
     for peer, part in enumerate(parts):
-        index[peer, : len(part)] = torch.as_tensor(np.asarray(part, np.int64), device=device)
+        index[peer, : len(part)] = torch.from_numpy(np.asarray(part, np.int64))
     size = torch.tensor([len(part) for part in parts], dtype=torch.int64, device=device)
-    return Shard(index, size)
+    return Shard(index.to(device), size)
 
 
 def subset(labels: np.ndarray, count: int, seed: int) -> np.ndarray:

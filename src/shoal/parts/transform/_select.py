@@ -31,7 +31,12 @@ def largest(x: Vector, keep: int) -> Index:
     level = size == threshold
     missing = keep - mask.sum(-1, keepdim=True)
     mask |= level & (level.cumsum(-1, dtype=torch.int32) <= missing)
-    return mask.nonzero()[:, -1].view(*x.shape[:-1], keep)
+    if x.is_cpu:
+        return mask.nonzero()[:, -1].view(*x.shape[:-1], keep)
+    # Each kept position goes to its rank, all others behind the last: nobody waits for a count.
+    rank = torch.where(mask, mask.cumsum(-1) - 1, keep)
+    place = torch.arange(x.shape[-1], device=x.device).expand(x.shape)
+    return torch.empty_like(place[..., : keep + 1]).scatter_(-1, rank, place)[..., :keep]
 
 
 # numpy sorts and partitions without carrying indices along: on a CPU five to ten times faster.

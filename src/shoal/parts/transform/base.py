@@ -58,9 +58,8 @@ class TensorPayload:
         return sum(t.element_size() * math.prod(t.shape[axes:]) for t in self._tensors())
 
     def size_bytes(self) -> Tensor:
-        """Exact wire size of each row, int64 [...]."""
-        like = self._tensors()[0]
-        return torch.full(self.lead, self.row_bytes(), dtype=torch.int64, device=like.device)
+        """Exact wire size of each row, int64 [...]; on the processor, where it is accounted."""
+        return torch.full(self.lead, self.row_bytes(), dtype=torch.int64, device="cpu")
 
     def byte_count(self) -> int:
         """Exactly `len(self.pack())`, for a row."""
