@@ -138,13 +138,21 @@ def over_the_wrong_axis(values: torch.Tensor) -> torch.Tensor:
     return values - values.mean()
 
 
+def into_its_arguments(values: torch.Tensor) -> torch.Tensor:
+    return values.mul_(2.0)
+
+
 def with_hidden_randomness(values: torch.Tensor) -> torch.Tensor:
     return values + torch.rand(())
 
 
 @pytest.mark.parametrize(
     ("function", "words"),
-    [(over_the_wrong_axis, "gave other numbers"), (with_hidden_randomness, "global random")],
+    [
+        (over_the_wrong_axis, "gave other numbers"),
+        (with_hidden_randomness, "global random"),
+        (into_its_arguments, "writes into its arguments"),
+    ],
 )
 def test_functions_that_may_not_be_batched_are_found(function: Any, words: str) -> None:
     async def run(peer: Any) -> None:
@@ -193,3 +201,37 @@ def test_a_function_that_raises_only_when_stacked_is_named() -> None:
     with pytest.raises(UsageError, match="stacked calls only"):
         simulate(Unstackable(), Network(4))
     assert simulate(Unstackable(), Network(4), settings=EventSettings(batching="off")).finished
+
+
+def _doubled(x: Any, factor: Any) -> torch.Tensor:
+    return x * 2.0
+
+
+@pytest.mark.parametrize("peers", [1, 3])
+def test_arguments_that_are_no_tree_are_refused_alone_and_together(peers: int) -> None:
+    async def run(peer: Any) -> None:
+        await peer.compute(_doubled, torch.ones(2), [3.0], cost=Cost(seconds=1.0))
+
+    with pytest.raises(UsageError, match="neither a tensor"):
+        event(*[run] * peers)
+
+
+def test_only_calls_that_are_alike_run_as_one() -> None:
+    """Other shapes, other constants and other structures are other batches, in any order."""
+    rows: list[int] = []
+    arguments = [
+        (torch.ones(2), None), (torch.ones(3), None), (torch.ones(2), 1), (torch.ones(2), 2),
+        (torch.ones(2), torch.ones(1)), (torch.ones(2), None), (torch.ones(3), None),
+        (torch.ones(2), 1), (torch.ones(2), None),
+    ]  # fmt: skip
+
+    @dataclass(frozen=True)
+    class Mixed:
+        async def run(self, peer: Peer) -> None:
+            x, factor = arguments[peer.id]
+            for _ in range(2):
+                x = await peer.compute(_doubled, x, factor, cost=Cost(seconds=1.0))
+            assert x.tolist() == [4.0] * len(x)
+
+    assert simulate(Mixed(), Network(len(arguments)), executor=Counting(rows)).finished
+    assert sorted(rows) == sorted([3, 2, 2] * 2)

@@ -86,6 +86,47 @@ def test_a_constant_belongs_to_the_structure() -> None:
         tree.flatten([torch.zeros(1)])
 
 
+@given(trees, st.integers(1, 4), st.data())
+def test_flatten_all_is_flatten_of_each(value: Any, count: int, data: st.DataObject) -> None:
+    parts = [
+        tree.map_tree(lambda leaf, n=number: leaf + n, value)  # type: ignore[misc]
+        for number in range(count)
+    ]
+    found = tree.flatten_all(parts)
+    assert found is not None
+    columns, structure = found
+    assert structure == tree.flatten(value)[1]
+    for number, part in enumerate(parts):
+        assert same(tree.unflatten(structure, [column[number] for column in columns]), part)
+    other = data.draw(trees)
+    if tree.flatten(other)[1] != structure:
+        assert tree.flatten_all([*parts, other]) is None
+
+
+def test_flatten_all_tells_shapes_and_types_apart() -> None:
+    for other in (torch.zeros(3), torch.zeros(2, dtype=torch.float64), torch.zeros(2, 1)):
+        assert tree.flatten_all([(torch.zeros(2),), (other,)]) is None
+
+
+def test_one_tensor_in_two_places_is_one_in_every_row() -> None:
+    whole = base()
+    for row in tree.rows((State(whole, (whole, None)), whole), 5):
+        state, again = row
+        assert state.params is again
+        assert state.other[0] is again
+
+
+@dataclass(frozen=True, kw_only=True)
+class Named:
+    one: Tensor
+    two: Any
+
+
+def test_rows_of_dataclasses_that_take_names_only() -> None:
+    found = tree.rows(Named(one=base(), two=base() + 1), 5)
+    assert all(torch.equal(row.two, row.one + 1) for row in found)
+
+
 def test_where_chooses_row_by_row() -> None:
     yes, no = State(torch.ones(3, 2), torch.ones(3)), State(torch.zeros(3, 2), torch.zeros(3))
     merged = tree.where(torch.tensor([True, False, True]), yes, no)
@@ -146,6 +187,10 @@ def column(kind: str) -> list[Tensor]:
         # As long as a row, but across two of them.
         wide = base(5, 4)
         return [wide[1], wide.view(-1)[2:6]]
+    if kind == "read as other numbers":
+        return [rows[0].view(torch.int32), rows[1].view(torch.int32)]
+    if kind == "conjugates":
+        return [row.conj() for row in torch.complex(base(), base() + 1).unbind(0)]
     if kind == "single":
         return [rows[3]]
     raise AssertionError(kind)
@@ -157,6 +202,7 @@ KINDS = (
     "the first column among rows",
     "rows of a sliced view", "slices that are no rows", "every other row", "rows of a transpose",
     "rows of an expanded row", "a base in itself", "shifted rows", "single",
+    "read as other numbers", "conjugates",
 )  # fmt: skip
 
 
@@ -188,6 +234,12 @@ def test_what_lies_in_one_tensor_already_is_not_copied(kind: str) -> None:
     parts = column(kind)
     stacked = tree.stack(parts)
     assert stacked.untyped_storage().data_ptr() == parts[0].untyped_storage().data_ptr()
+
+
+def test_rows_and_a_piece_of_a_row_do_not_stack() -> None:
+    one, other = base()[:2].clone().unbind(0)
+    with pytest.raises(RuntimeError):
+        tree.stack([one, other[:2]])
 
 
 def test_rows_of_empty_and_of_higher_tensors_stack() -> None:

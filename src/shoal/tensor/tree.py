@@ -6,7 +6,8 @@ Anything else in a tree is a constant; it must be hashable, and equal in trees t
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from operator import attrgetter, itemgetter
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from shoal.base.errors import UsageError
 Tree = Any
 Structure = Hashable
 """What is left of a tree when its tensors are taken out; equal structures can be stacked."""
+Column = list[Tensor] | tuple[Tensor, ...]
+"""The tensors of one place in many trees."""
 
 
 def flatten(tree: Tree) -> tuple[list[Tensor], Structure]:
@@ -78,6 +81,11 @@ def _fields(kind: type) -> tuple[str, ...]:
     return names
 
 
+def _positional(kind: type) -> bool:
+    """Whether `kind(*values)` takes the fields of a dataclass in their order."""
+    return not any(field.kw_only for field in dataclasses.fields(kind) if field.init)
+
+
 def unflatten(structure: Structure, leaves: Sequence[Tensor]) -> Tree:
     """Inverse of `flatten`."""
     source = iter(leaves)
@@ -105,6 +113,69 @@ def _unflatten(structure: Any, source: Any) -> Tree:
     return kind(**dict(zip(_fields(kind), parts, strict=True)))
 
 
+def flatten_all(trees: Sequence[Tree]) -> tuple[list[Column], Structure] | None:
+    """`flatten` of many trees at once: the tensors of each place, in the order of the trees.
+
+    None when the trees differ in structure or in a tensor's shape, dtype or device. Goes place by
+    place, so that its loops over many trees are C's.
+    """
+    columns: list[Column] = []
+    try:
+        structure = _flatten_all(trees, columns)
+    except _DifferError:
+        return None
+    return columns, structure
+
+
+class _DifferError(Exception):
+    pass
+
+
+def _flatten_all(trees: Sequence[Tree], columns: list[Column]) -> Structure:
+    first = trees[0]
+    kind = first.__class__
+    if len(set(map(type, trees))) > 1:
+        raise _DifferError
+    if first is None:
+        return None
+    if isinstance(first, Tensor):
+        if not _one_shape(trees):
+            raise _DifferError
+        columns.append(list(trees))
+        return Tensor
+    if isinstance(first, tuple):
+        if len(set(map(len, trees))) > 1:
+            raise _DifferError
+        return (kind, tuple([_flatten_all(part, columns) for part in zip(*trees, strict=True)]))
+    if isinstance(first, dict):
+        keys = tuple(sorted(first))
+        if any(tree.keys() != first.keys() for tree in trees):
+            raise _DifferError
+        places = [list(map(itemgetter(key), trees)) for key in keys]
+        return (dict, keys, tuple([_flatten_all(part, columns) for part in places]))
+    names = _fields(kind)
+    if names:
+        start = len(columns)
+        places = [list(map(attrgetter(name), trees)) for name in names]
+        parts = tuple([_flatten_all(part, columns) for part in places])
+        if len(columns) > start:
+            return (kind, parts)
+    # `_flatten` knows what may be a constant.
+    structure = _flatten(first, [])
+    if any(tree is not first and _flatten(tree, []) != structure for tree in trees):
+        raise _DifferError
+    return structure
+
+
+def _one_shape(tensors: Sequence[Tensor]) -> bool:
+    first = tensors[0]
+    shape, dtype, device = first.shape, first.dtype, first.device
+    for t in tensors:
+        if t is not first and (t.shape != shape or t.dtype != dtype or t.device != device):
+            return False
+    return True
+
+
 def map_tree(function: Callable[[Tensor], Tensor], tree: Tree) -> Tree:
     """The tree with `function` applied to each tensor."""
     leaves, structure = flatten(tree)
@@ -123,21 +194,35 @@ def merge_trees(function: Callable[[list[Tensor]], Tensor], trees: Sequence[Tree
 
 def stack(trees: Sequence[Tree]) -> Tree:
     """Equal trees as one, with a new leading axis; not always a copy, so do not write into it."""
-    return merge_trees(_stacked, trees)
+    return merge_trees(stack_tensors, trees)
 
 
-def _stacked(column: list[Tensor]) -> Tensor:
+def stack_tensors(column: Column) -> Tensor:
     """`torch.stack`, without a copy of what is one tensor, or the rows of one, already."""
     first, count = column[0], len(column)
     if all(leaf is first for leaf in column):
         return first.expand(count, *first.shape)
     base = first._base
-    if base is None or not first.numel() or base.shape[1:] != first.shape:
+    shape, strides, dtype = first.shape, first.stride(), first.dtype
+    if (
+        base is None
+        or not first.numel()
+        or base.shape[1:] != shape
+        or base.stride()[1:] != strides
+        # A view may read the same memory as other numbers.
+        or base.dtype != dtype
+        or base.is_complex()
+    ):
         return torch.stack(column)
-    step, start, strides = base.stride(0), base.storage_offset(), base.stride()[1:]
+    step, start = base.stride(0), base.storage_offset()
     places = []
     for leaf in column:
-        if leaf._base is not base or leaf.stride() != strides:
+        if (
+            leaf._base is not base
+            or leaf.stride() != strides
+            or leaf.shape != shape
+            or leaf.dtype != dtype
+        ):
             return torch.stack(column)
         places.append(leaf.storage_offset() - start)
     if step <= 0 or any(place % step for place in places):
@@ -153,8 +238,32 @@ def _stacked(column: list[Tensor]) -> Tensor:
 def rows(tree: Tree, count: int) -> list[Tree]:
     """Inverse of `stack`: one tree per leading index, as views."""
     leaves, structure = flatten(tree)
-    columns = [leaf.unbind(0) for leaf in leaves]
-    return [unflatten(structure, [column[i] for column in columns]) for i in range(count)]
+    # What is one tensor in two places of the tree stays one in every row.
+    views = {id(leaf): leaf for leaf in leaves}
+    columns = {name: leaf.unbind(0) for name, leaf in views.items()}
+    return list(_rows(structure, iter([columns[id(leaf)] for leaf in leaves]), count))
+
+
+def _rows(structure: Any, columns: Iterator[Column], count: int) -> Iterable[Tree]:
+    """`_unflatten` of all rows at once, place by place."""
+    if structure is Tensor:
+        return next(columns)
+    if structure is None:
+        return [None] * count
+    kind = structure[0]
+    if kind == "constant":
+        return [structure[1]] * count
+    parts = [_rows(part, columns, count) for part in structure[-1]]
+    made = zip(*parts, strict=True) if parts else iter([()] * count)
+    if kind is dict:
+        return [dict(zip(structure[1], row, strict=True)) for row in made]
+    if kind is tuple:
+        return made
+    if issubclass(kind, tuple):
+        return [kind(*row) for row in made] if hasattr(kind, "_fields") else made
+    if _positional(kind):
+        return map(kind, *parts)
+    return [kind(**dict(zip(_fields(kind), row, strict=True))) for row in made]
 
 
 def select(tree: Tree, index: Tensor | slice | int) -> Tree:

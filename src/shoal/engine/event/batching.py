@@ -1,8 +1,8 @@
 """Lazy batching: equal computations that are pending at the same time run as one.
 
 A call made at t with duration d is due at t + d, and nobody can see its result before that. So it
-waits, and when the first call of a group (same function, constants, shapes and types) is due, the
-whole group runs on stacked arguments; the others keep their results until their own due time.
+waits, and when the first of equal calls (same function, constants, shapes and types) is due, all of
+them run on stacked arguments; the others keep their results until their own due time.
 
 That is right only for functions that are pure and whose leading axes are batch axes. The first
 batch of each function is therefore compared with its first row computed alone.
@@ -10,7 +10,7 @@ batch of each function is therefore compared with its first row computed alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,28 +36,61 @@ maximum taken over the wrong axis is off by its own size.
 
 
 class _Call:
-    __slots__ = ("args", "error", "group", "leaves", "ran", "result", "wait")
+    """A pending computation of one peer. `leaves` and `alike` are found when they are needed."""
 
-    def __init__(self, wait: Wait, args: tuple[Any, ...], leaves: list[torch.Tensor]) -> None:
+    __slots__ = ("alike", "args", "error", "group", "leaves", "peer", "ran", "result", "wait")
+
+    def __init__(self, wait: Wait, peer: int, args: tuple[Any, ...]) -> None:
         self.wait = wait
+        self.peer = peer
         self.args = args
-        self.leaves = leaves
+        self.leaves: list[torch.Tensor] = []
+        self.alike: Any = None
         self.group: _Group | None = None
         self.ran = False
         self.result: Any = None
         self.error: BaseException | None = None
 
+    def look(self) -> None:
+        """Take the arguments apart."""
+        if self.alike is None:
+            self.leaves, structure = tree.flatten(self.args)
+            self.alike = (structure, _shapes(self.leaves))
+
+
+class _Chunk:
+    """Calls that run as one: their arguments place by place, and what these have in common."""
+
+    __slots__ = ("alike", "calls", "columns")
+
+    def __init__(self, calls: list[_Call], columns: list[tree.Column], alike: Any) -> None:
+        self.calls = calls
+        self.columns = columns
+        self.alike = alike
+
+    def args(self) -> Any:
+        """The arguments of all calls with a new leading axis. Not to be written into: what lies in
+        one tensor already is not copied."""
+        leaves = [tree.stack_tensors(column) for column in self.columns]
+        return tree.unflatten(self.alike[0], leaves)
+
+    def begin(self, count: int) -> _Chunk:
+        """The first calls only."""
+        return _Chunk(self.calls[:count], [c[:count] for c in self.columns], self.alike)
+
 
 class _Group:
-    __slots__ = ("batch", "calls", "function", "key", "shapes", "static")
+    """Calls of one function with the same constants that have not run."""
 
-    def __init__(self, key: Any, function: Callable[..., Any], static: tuple[Any, ...],
-                 batch: Batching, shapes: Any) -> None:  # fmt: skip
+    __slots__ = ("batch", "calls", "function", "key", "static")
+
+    def __init__(
+        self, key: Any, function: Callable[..., Any], static: tuple[Any, ...], batch: Batching
+    ) -> None:
         self.key = key
         self.function = function
         self.static = static
         self.batch = batch
-        self.shapes = shapes
         self.calls: list[_Call] = []
 
 
@@ -81,10 +114,13 @@ class Batcher:
         simulation = self._simulation
         if batch not in ("leading", "vmap", "never"):
             raise UsageError(f"compute: batch={batch!r}; need 'leading', 'vmap' or 'never'")
-        leaves, structure = tree.flatten(args)
-        shapes = tuple([(leaf.shape, leaf.dtype, leaf.device) for leaf in leaves])
+        peer = runtime.id
+        wait = Wait(simulation.ready)
+        call = _Call(wait, peer, args)
+        shared = self._lazy and batch != "never"
         # 1 == True == 1.0, but a function may tell them apart.
         kinds = tuple([type(constant) for constant in static])
+        key = (function, static, kinds, batch) if shared else call
         try:
             hash((function, static))
         except TypeError as error:
@@ -92,23 +128,19 @@ class Batcher:
                 f"compute: static={static!r}: {error} (pass tensors as arguments, and constants as "
                 "numbers, strings, tuples or frozen dataclasses)"
             ) from None
+        if cost is None or not shared:
+            call.look()
         if cost is None:
-            cost = self._estimate(function, args, static, (kinds, structure, shapes))
-        peer = runtime.id
+            cost = self._estimate(function, args, static, (kinds, *call.alike))
         seconds = simulation.network.device.seconds(peer, cost, simulation.slow[peer])
         if not 0 <= seconds < float("inf"):
             raise UsageError(f"compute: {cost} takes {seconds} s; need a finite time >= 0")
         self.flops += cost.flops
         due = max(simulation.now_ns, self._free[peer]) + to_ns(seconds)
         self._free[peer] = due
-        wait = Wait(simulation.ready)
-        call = _Call(wait, args, leaves)
-        shared = self._lazy and batch != "never" and leaves
-        key = (function, static, kinds, batch, structure, shapes) if shared else call
         group = self._open.get(key)
         if group is None:
-            group = _Group(key, function, static, batch, (structure, shapes))
-            self._open[key] = group
+            group = self._open[key] = _Group(key, function, static, batch)
         group.calls.append(call)
         call.group = group
         simulation.at(due, self._due, call)
@@ -129,7 +161,7 @@ class Batcher:
                     self._open.pop(group.key, None)
             return
         if not call.ran:
-            self._run(group)
+            self._run(group, call)
         if call.error is not None:
             call.wait.fail(call.error)
         else:
@@ -138,15 +170,16 @@ class Batcher:
         call.leaves = []
         call.result = None
 
-    def _run(self, group: _Group) -> None:
-        self._open.pop(group.key, None)
-        for call in group.calls:
-            call.ran = True
-        calls = [call for call in group.calls if not call.wait.done]
-        group.calls = []
-        chunks = self._chunks(calls)
-        stacked = [chunk for chunk in chunks if len(chunk) > 1]
-        if stacked and not self._agrees(group, stacked[0]):
+    def _run(self, group: _Group, due: _Call) -> None:
+        """Run the call that is due, and whatever in its group is like it."""
+        calls, columns, alike = self._taken(group, due)
+        rows = self._rows_at_once(columns, len(calls))
+        chunks = [
+            _Chunk(calls[i : i + rows], [column[i : i + rows] for column in columns], alike)
+            for i in range(0, len(calls), rows)
+        ]
+        stacked = [chunk for chunk in chunks if len(chunk.calls) > 1]
+        if stacked and not self._agrees(group, stacked[0], calls):
             return
         try:
             self._together(group, stacked)
@@ -156,36 +189,63 @@ class Batcher:
                 try:
                     self._together(group, [chunk])
                 except Exception:
-                    for call in chunk:
+                    for call in chunk.calls:
                         self._alone(group, call)
         for chunk in chunks:
-            if len(chunk) == 1:
-                self._alone(group, chunk[0])
+            if len(chunk.calls) == 1:
+                self._alone(group, chunk.calls[0])
 
-    def _together(self, group: _Group, chunks: list[list[_Call]]) -> None:
-        batches = [
-            (group.function, group.batch, _stacked(group, chunk), group.static) for chunk in chunks
-        ]
+    def _taken(self, group: _Group, due: _Call) -> tuple[list[_Call], list[tree.Column], Any]:
+        """Take the calls that run now out of the group, in the order of their peers.
+
+        With the tensors of each place of their arguments, and what these have in common.
+        """
+        # In the order of peers, arguments are often the rows of one result, as they lie there.
+        waiting = sorted([call for call in group.calls if not call.wait.done], key=_peer)
+        found = _flat(waiting)
+        columns: list[tree.Column]
+        if found is not None:
+            calls, (columns, structure) = waiting, found
+            alike = (structure, _shapes([column[0] for column in columns]))
+        else:
+            for call in waiting:
+                try:
+                    call.look()
+                except UsageError as error:
+                    call.error, call.alike = error, call
+            alike = due.alike
+            calls = [call for call in waiting if call.alike == alike] if due.leaves else [due]
+            columns = [*zip(*[call.leaves for call in calls], strict=True)]
+        for call in calls:
+            call.ran = True
+        group.calls = [call for call in waiting if not call.ran]
+        if not group.calls:
+            self._open.pop(group.key, None)
+        return calls, columns, alike
+
+    def _together(self, group: _Group, chunks: list[_Chunk]) -> None:
+        batches = [(group.function, group.batch, chunk.args(), group.static) for chunk in chunks]
         results = self._executor.run(run_batch, batches) if batches else []
-        rows = [split_rows(r, len(c)) for c, r in zip(chunks, results, strict=True)]
+        rows = [split_rows(r, len(c.calls)) for c, r in zip(chunks, results, strict=True)]
         for chunk, values in zip(chunks, rows, strict=True):
-            for call, value in zip(chunk, values, strict=True):
+            for call, value in zip(chunk.calls, values, strict=True):
                 call.result = value
 
     @staticmethod
     def _alone(group: _Group, call: _Call) -> None:
-        try:
-            call.result = group.function(*call.args, *group.static)
-        except Exception as error:
-            call.error = error
+        if call.error is None:
+            try:
+                call.result = group.function(*call.args, *group.static)
+            except Exception as error:
+                call.error = error
 
-    def _agrees(self, group: _Group, calls: list[_Call]) -> bool:
+    def _agrees(self, group: _Group, chunk: _Chunk, calls: list[_Call]) -> bool:
         """Check a function at its first batch; on a rule broken, every call of it fails."""
-        key = (group.function, group.batch, group.shapes)
+        key = (group.function, group.batch, chunk.alike)
         if key in self._trusted:
             return True
         try:
-            problem = _compare(group, calls)
+            problem = _compare(group, chunk)
         except Exception:
             # The function itself raises: `_run` finds out for whom.
             return True
@@ -197,14 +257,13 @@ class Batcher:
             call.error = UsageError(f"compute: {name} {problem}")
         return False
 
-    def _chunks(self, calls: list[_Call]) -> list[list[_Call]]:
-        """Parts of a group that fit the memory bound, and one per worker at least."""
+    def _rows_at_once(self, columns: list[tree.Column], count: int) -> int:
+        """As many calls as fit the memory bound, and a part for each worker at least."""
         bound = self._simulation.settings.batch_bytes
-        size = sum([leaf.nbytes for leaf in calls[0].leaves]) if calls else 0
-        rows = max(1, bound // max(1, size))
+        rows = max(1, bound // max(1, sum([column[0].nbytes for column in columns])))
         if self._executor.workers > 1:
-            rows = min(rows, -(-len(calls) // self._executor.workers))
-        return [calls[i : i + rows] for i in range(0, len(calls), rows)]
+            rows = min(rows, -(-count // self._executor.workers))
+        return rows
 
     def _estimate(
         self, function: Callable[..., Any], args: tuple[Any, ...], static: tuple[Any, ...], at: Any
@@ -220,18 +279,23 @@ class Batcher:
         return cost
 
 
-def _stacked(group: _Group, calls: list[_Call]) -> Any:
-    """The arguments of all calls with a new leading axis."""
-    columns = zip(*[call.leaves for call in calls], strict=True)
-    return tree.unflatten(group.shapes[0], [_column(list(column)) for column in columns])
+def _peer(call: _Call) -> int:
+    return call.peer
 
 
-def _column(tensors: list[torch.Tensor]) -> torch.Tensor:
-    first = tensors[0]
-    if all(tensor is first for tensor in tensors):
-        # What everybody got from one sender needs no copies; functions do not write arguments.
-        return first.expand(len(tensors), *first.shape)
-    return torch.stack(tensors)
+def _shapes(leaves: Sequence[torch.Tensor]) -> tuple[Any, ...]:
+    return tuple([(leaf.shape, leaf.dtype, leaf.device) for leaf in leaves])
+
+
+def _flat(calls: list[_Call]) -> tuple[list[tree.Column], Any] | None:
+    """The arguments of all calls place by place; None when they are not alike."""
+    if len(calls) == 1:
+        return None
+    try:
+        found = tree.flatten_all([call.args for call in calls])
+    except UsageError:
+        return None
+    return found if found is not None and found[0] else None
 
 
 def run_batch(
@@ -267,17 +331,21 @@ _REPAIR = (
 )
 
 
-def _compare(group: _Group, calls: list[_Call]) -> str | None:
+def _compare(group: _Group, chunk: _Chunk) -> str | None:
     """What is wrong with batching this function, if its first call shows it."""
     before = torch.random.get_rng_state()
+    chunk = chunk.begin(3)
+    calls = chunk.calls
+    leaves = [column[0] for column in chunk.columns]
+    versions = [leaf._version for leaf in leaves]
     alone = group.function(*calls[0].args, *group.static)
+    if versions != [leaf._version for leaf in leaves]:
+        return "writes into its arguments (other peers may hold them: work on a clone)"
     if not torch.equal(before, torch.random.get_rng_state()):
         torch.random.set_rng_state(before)
         return "draws from the global random generator (take a key from peer.key and fold it)"
-    calls = calls[:3]
-    stacked = _stacked(group, calls)
     try:
-        result = run_batch(group.function, group.batch, stacked, group.static)
+        result = run_batch(group.function, group.batch, chunk.args(), group.static)
         first = split_rows(result, len(calls))[0]
     except UsageError as error:
         return str(error)
