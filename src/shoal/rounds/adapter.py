@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,8 +17,11 @@ from shoal.rounds.adversary import Adversary
 from shoal.rounds.method import Method, Wave
 from shoal.rounds.task import Shard
 from shoal.rounds.transform import Payload
+from shoal.tensor import tree
 from shoal.tensor.types import Vector
 from shoal.wire.message import Packed, message
+
+T = TypeVar("T")
 
 
 @message(tag=("round", "hop"))
@@ -137,9 +140,10 @@ class Rounds:
             return
         # Not before: clients wait for a hub, so it is the hub that begins a round.
         peer.enter_round(round)
+        received = own.there(envelope.message.params)
         if method.reports(round):
-            peer.record("params", envelope.message.params)
-        await self._work(peer, own, round, envelope.message.params)
+            peer.record("params", received)
+        await self._work(peer, own, round, received)
         await self._spread(peer, own, method.waves(round)[0], round, 0)
 
     async def _work(
@@ -147,7 +151,7 @@ class Rounds:
     ) -> None:
         """Local work, and what others will get from it."""
         method, cost = self.method, self.method.work_cost
-        own.key = peer.key("round", round)
+        own.key = method.keys(round)[peer.id]
         byzantine = peer.id in method.byzantine
         if not byzantine:
             if received is None:
@@ -209,17 +213,15 @@ class Rounds:
             deadline=method.deadline(round, hop, hops),
         )  # fmt: skip
         slots = [got.get(source) for source in wave.sources[peer.id]]
-        payloads = tuple(own.payload if u is None else self._open(u) for u in slots)
-        mask = torch.tensor([True, *(u is not None for u in slots)], device=own.current.device)
-        mixing = None if wave.mixing is None else wave.mixing[wave.row[peer.id]]
+        payloads = tuple(own.payload if u is None else own.there(self._open(u)) for u in slots)
+        mask = own.there(torch.tensor([True, *(u is not None for u in slots)]))
+        mixing = None if wave.mixing is None else own.there(wave.mixing[wave.row[peer.id]])
         weights = [own.weight, *(None if u is None else u.weight for u in slots)]
         taught = None
         if any(w is not None for w in weights):
-            taught = torch.tensor(
-                [0.0 if w is None else float(w) for w in weights],
-                dtype=torch.float64, device=own.current.device,
-            )  # fmt: skip
-        extras = [own.extra, *({} if u is None else u.extra for u in slots)]
+            numbers = [0.0 if w is None else float(w) for w in weights]
+            taught = own.there(torch.tensor(numbers, dtype=torch.float64))
+        extras = [own.extra, *({} if u is None else own.there(u.extra) for u in slots)]
         like = next((extra for extra in extras if extra), None)
         if like is None:
             return payloads, mask, mixing, taught, ()
@@ -251,6 +253,8 @@ class _Own:
     def __init__(self, method: Method, peer: Peer) -> None:
         strategy = method.strategy
         self.peer = peer
+        self.device = method.initial.device
+        self.far = self.device.type != "cpu"
         self.shard = method.shard(peer.id)
         self.state = strategy.init(method.initial)
         self.codec = method.transform.init(method.initial)
@@ -268,12 +272,18 @@ class _Own:
         self.params = strategy.params(self.state)
         self.hub_params = strategy.params(self.hub_state)
 
+    def there(self, value: T) -> T:
+        """A tree of tensors where the parameters are: keys, masks and mail are made elsewhere."""
+        if not self.far:
+            return value
+        return tree.map_tree(lambda leaf: leaf.to(self.device, non_blocking=True), value)
+
     def _all(self) -> tuple[Any, Any, Any]:
         return self.state, self.codec, self.hub_state
 
     def rest(self, params: Vector) -> None:
         """A hub that does no local work in this round stands in for an empty slot."""
-        self.key = self.peer.key("round", 0)
+        self.key = self.there(self.peer.key("round", 0))
         self.payload, _, self.sent = phases.encode(
             params, self.method.transform.init(params), self.key, self.method, 0
         )

@@ -1,6 +1,6 @@
 """A device that is none: finds out on any machine what would break, or wait, on a GPU.
 
-Tensors on it say that they live on `pretend:0`, compute on the processor, and raise where those of a
+Tensors on it claim to be on `pretend:0`, compute on the processor, and raise where those of a
 GPU would: an operation on tensors of two devices, `numpy()`, a GPU index into the processor's
 memory. So what runs here without an error mixes no devices, and its numbers are the processor's
 bit for bit. Every time the program would have to wait for a GPU is counted.
@@ -242,7 +242,7 @@ def _count_indexing(meter: PretendDevice, name: str, args: Any, near: list[Tenso
         meter.note(f"upload ({name})")
     masks = [p for p in places if p.dtype in (torch.bool, torch.uint8)]
     # One value for all that a mask names is a masked_fill, which need not know how many they are.
-    one = name != "index" and len(args) > 2 and not args[2].dim() and not args[3:4] == (True,)
+    one = name != "index" and len(args) > 2 and not args[2].dim() and args[3:4] != (True,)
     if any(isinstance(mask, PretendTensor) for mask in masks) and not one:
         meter.note(f"mask ({name})")
 

@@ -200,7 +200,7 @@ class Driver:
 
     def _outcome(self, watch: Stopwatch) -> Run:
         result = self.result
-        result.final = dict(sorted(self._params.items()))
+        result.final = {peer: params.cpu() for peer, params in sorted(self._params.items())}
         result.rows.extend(self._traffic.rows())
         result.flops = self.compute_thread.flops
         result.events = self.events + self.timers.fired
