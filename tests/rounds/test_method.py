@@ -30,6 +30,18 @@ def mixing_of(rows: int, slots: int, seed: int) -> Tensor:
     return weights / weights.sum(-1, keepdim=True)
 
 
+def test_keys_of_a_round_are_those_that_the_peers_draw() -> None:
+    method = counting(5, seed=3)
+    drawn = {}
+
+    class Drawing:
+        async def run(self, peer: Any) -> None:
+            drawn[peer.id] = peer.key("round", 7)
+
+    simulate(Drawing(), Network(5), seed=3)
+    assert [drawn[peer] for peer in range(5)] == list(method.keys(7))
+
+
 @given(slots=st.integers(0, 6), seed=st.integers(0, 99), data=st.data())
 def test_a_lost_neighbour_s_weight_goes_to_the_own_row(
     slots: int, seed: int, data: st.DataObject

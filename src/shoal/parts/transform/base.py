@@ -90,6 +90,15 @@ class Dense(TensorPayload):
 
     values: Vector
 
+    # As the base class has it, for what is asked of every message of a run.
+
+    @property
+    def lead(self) -> torch.Size:
+        return self.values.shape[:-1]
+
+    def row_bytes(self) -> int:
+        return self.values.shape[-1] * self.values.element_size()
+
 
 def array(tensor: Tensor) -> np.ndarray:
     """A tensor as a contiguous little-endian array, without a copy where possible."""
