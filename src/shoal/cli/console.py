@@ -35,7 +35,7 @@ def say(text: str = "", *styles: str, error: bool = False, end: str = "\n") -> N
 def explain(error: BaseException) -> int:
     """Say what went wrong in one block, without a traceback; returns the exit code."""
     if isinstance(error, KeyboardInterrupt):
-        say("\nstopped; finished runs are stored, the same command goes on from there", error=True)
+        say("\nstopped; what is done is stored, the same command goes on from there", error=True)
         return 130
     if isinstance(error, ShoalError):
         say("error: ", "bold", "red", error=True, end="")

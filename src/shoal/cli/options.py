@@ -51,7 +51,7 @@ Jobs = Annotated[int, typer.Option("--jobs", "-j", min=1, help="Worker processes
 AllCores = Annotated[
     int | None, typer.Option("--jobs", "-j", min=1, help="Worker processes (default: all cores).")
 ]
-Fresh = Annotated[bool, typer.Option("--fresh", help="Run again what is stored already.")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Run again what is stored, from its start.")]
 Out = Annotated[
     Path | None, typer.Option("--out", help="Folder of the report (default .shoal/reports).")
 ]

@@ -8,7 +8,7 @@ import json
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from shoal.base.digest import bytes_digest
 from shoal.base.errors import UsageError
@@ -19,6 +19,12 @@ from shoal.lab.environment import code_digest, version
 from shoal.lab.scenario import Part, Scenario, is_scenario_key, typed
 from shoal.lab.values import Unfit, fit, freeze, from_text, near, thaw
 from shoal.world.record import Row, Run
+
+if TYPE_CHECKING:
+    from shoal.engine.lockstep import Checkpoint
+
+EVENT_FAULTS = {"skew", "corrupt"}
+"""Kinds of faults that lockstep does not know."""
 
 Progress = Callable[[float, str], None]
 """Called with the finished part of a run, 0 to 1, and a note such as "round 12 of 60"."""
@@ -192,7 +198,9 @@ def execute(cell: Cell, launcher: Launcher, progress: Progress | None = None) ->
     return launcher(what, scenario, seed=cell.seed, engine=cell.engine, progress=progress)
 
 
-def execute_seeds(cells: Sequence[Cell], progress: Progress | None = None) -> list[Run]:
+def execute_seeds(
+    cells: Sequence[Cell], progress: Progress | None = None, checkpoint: Checkpoint | None = None
+) -> list[Run]:
     """Cells that differ in their seeds alone (see `stacks`), as one stack of worlds."""
     from shoal.lab.launch import launch_seeds
 
@@ -202,12 +210,12 @@ def execute_seeds(cells: Sequence[Cell], progress: Progress | None = None) -> li
     assert not isinstance(first, Run)
     return launch_seeds(
         first[0], scenarios, [cell.seed for cell in cells], engine=cells[0].engine,
-        progress=progress,
+        progress=progress, checkpoint=checkpoint,
     )  # fmt: skip
 
 
 def stacks(cell: Cell) -> tuple[Any, ...] | None:
-    """What cells must share to run as one stack; None for a cell that runs by itself."""
+    """What cells must share to run as one stack; None for one that lockstep cannot run at all."""
     if cell.live or cell.system is None or cell.engine not in ("auto", "lockstep"):
         return None
     card = discover.load(cell.system)
@@ -220,7 +228,12 @@ def stacks(cell: Cell) -> tuple[Any, ...] | None:
         task = dict(world.task.settings)
         kept = {key: task[key] for key in task if key not in ("holders", "losers")}
         world = replace(world, task=Part(world.task.name, kept))
-    return (cell.arm, cell.system, cell.settings, cell.host, cell.engine, world)
+    # Seeds reach a horizon in seconds in different rounds, and event runs one after the other: in
+    # a stack the first would be stored with the last.
+    faults = {fault.kind for fault in cell.scenario.faults}
+    alone = cell.scenario.seconds is not None or faults & EVENT_FAULTS
+    own = cell.seed if alone else None
+    return (cell.arm, cell.system, cell.settings, cell.host, cell.engine, world, own)
 
 
 def make(cell: Cell) -> Run | tuple[Any, Scenario]:

@@ -14,7 +14,7 @@ from shoal.lab import launch as seam
 from shoal.lab.build import check
 from shoal.lab.card import Arm, Claim, System
 from shoal.lab.cell import Cell, Launcher, cell_of, setting_hints
-from shoal.lab.jobs import Outcome, Waiting, in_processes, run_group, stacked
+from shoal.lab.jobs import Outcome, Waiting, forget, in_processes, kept_at, run_group, stacked
 from shoal.lab.report import Report
 from shoal.lab.run import scenario_of
 from shoal.lab.scenario import Scenario, is_scenario_key, typed
@@ -175,9 +175,11 @@ class Experiment:
     ) -> Report:
         """Run what is not stored yet, store each run as it finishes, and report.
 
-        jobs: spawned processes (a script that asks for more than one needs the usual
-        `if __name__ == "__main__"`). fresh: run everything again. A run that ends in a ShoalError
-        is reported as missing; wrong settings and programming errors are raised.
+        With a store, runs on `lockstep` leave a checkpoint every 10 s, from which the next call
+        goes on if this one is killed. jobs: spawned processes (a script that asks for more than
+        one needs the usual `if __name__ == "__main__"`). fresh: run everything again, from the
+        start. A run that ends in a ShoalError is reported as missing; wrong settings and
+        programming errors are raised.
         """
         if jobs < 1:
             raise UsageError(f"jobs = {jobs}; need at least 1")
@@ -202,6 +204,9 @@ class Experiment:
                 name = f"{cell.arm}, seed {cell.seed}"
                 progress(Tick(len(outcomes), len(cells), name, part, note, reused))
 
+        if fresh:
+            for group in stacked(waiting, launcher):
+                forget(kept_at(group, launcher, store))
         for outcome in list(outcomes.values()):
             tell(outcome.cell, note="stored", reused=True)
         source = (
@@ -211,7 +216,8 @@ class Experiment:
         )
         for outcome in source:
             outcomes[outcome.cell.arm, outcome.cell.seed] = outcome
-            tell(outcome.cell, note=outcome.error or "done")
+            resumed = f", resumed at round {outcome.resumed}" if outcome.resumed else ""
+            tell(outcome.cell, note=outcome.error or f"done{resumed}")
         ordered = [outcomes[cell.arm, cell.seed] for cell in cells]
         return Report.of(self, ordered, store)
 
@@ -230,14 +236,19 @@ def _here(
         def progress(part: float, note: str, cell: Cell = first, size: int = size) -> None:
             tell(cell, part * size, note if size == 1 else f"and {size - 1} more seeds, {note}")
 
-        results = run_group(group, launcher, progress)
+        kept = kept_at(group, launcher, store)
+        checkpoint = None if kept is None else seam.checkpoint(*kept)
+        results = run_group(group, launcher, progress, checkpoint)
+        for (cell, key), result in zip(group, results, strict=True):
+            if store is not None and key is not None and not isinstance(result, str):
+                store.put(key, cell, result)
+        forget(kept)
+        resumed = 0 if checkpoint is None else checkpoint.resumed
         for (cell, key), result in zip(group, results, strict=True):
             if isinstance(result, str):
                 yield Outcome(cell, None, result, key)
-                continue
-            if store is not None and key is not None:
-                store.put(key, cell, result)
-            yield Outcome(cell, result, key=key)
+            else:
+                yield Outcome(cell, result, key=key, resumed=resumed)
 
 
 _FILE_HINTS: Mapping[str, Any] = {

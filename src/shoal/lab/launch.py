@@ -11,6 +11,9 @@ from shoal.lab.build import Pieces, build
 from shoal.lab.scenario import Scenario
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from shoal.engine.lockstep import Checkpoint
     from shoal.lab.cell import Progress
     from shoal.rounds.measure import Measure
     from shoal.rounds.method import Method
@@ -49,11 +52,13 @@ def launch(
 
 def launch_seeds(
     what: Any, scenarios: Sequence[Scenario], seeds: Sequence[int], *, engine: str = "auto",
-    progress: Progress | None = None,
+    progress: Progress | None = None, checkpoint: Checkpoint | None = None,
 ) -> list[Run]:  # fmt: skip
     """One strategy in one scenario with several seeds: stacked in one lockstep run where it can be.
 
-    `scenarios[i]` is the scenario of `seeds[i]`; they may differ in what a seed determines.
+    `scenarios[i]` is the scenario of `seeds[i]`; they may differ in what a seed determines. The
+    checkpoint serves one lockstep run, so it is left alone on other engines, and where several
+    seeds run one after the other.
     """
     if engine not in ENGINES:
         raise UsageError(f"engine {engine!r}; need one of {', '.join(ENGINES)}")
@@ -67,13 +72,16 @@ def launch_seeds(
         methods = [method for method, *_ in made]
         networks = [network for _, network, *_ in made]
         measures = [measure for *_, measure in made]
-        note = None if progress is None else _rounds_note(progress, methods[0].rounds)
+        note = None if progress is None else _rounds_note(progress, methods[0].rounds, checkpoint)
         whole = scenarios[0].seconds
-        if whole is None:
-            runs = run_lockstep(methods, networks, measures=measures, progress=note)
+        settings = LockstepSettings(horizon_s=float("inf") if whole is None else whole)
+        if whole is None or len(methods) == 1:
+            runs = run_lockstep(
+                methods, networks, settings=settings, measures=measures, progress=note,
+                checkpoint=checkpoint,
+            )  # fmt: skip
         else:
             # Seeds reach a horizon in seconds in different rounds, so each runs by itself.
-            settings = LockstepSettings(horizon_s=whole)
             runs = [
                 run_lockstep([m], [n], settings=settings, measures=[o], progress=note)[0]
                 for m, n, o in zip(methods, networks, measures, strict=True)
@@ -90,6 +98,13 @@ def launch_seeds(
                 _run_program(program, scenario, pieces, network, seed, engine, progress, measure)
             )
     return [_named(run, pieces.task) for run, (_, _, pieces, _) in zip(runs, made, strict=True)]
+
+
+def checkpoint(path: Path, key: str) -> Checkpoint:
+    """A file that keeps the rounds of one lockstep run; see `launch_seeds`."""
+    from shoal.engine.lockstep import Checkpoint
+
+    return Checkpoint(path, key)
 
 
 def is_strategy(what: Any) -> bool:
@@ -228,8 +243,15 @@ def _seconds_note(progress: Progress, whole_s: float | None) -> Any:
     return note
 
 
-def _rounds_note(progress: Progress, rounds: int) -> Any:
-    return lambda done: progress(done / rounds, f"round {done} of {rounds}")
+def _rounds_note(progress: Progress, rounds: int, checkpoint: Checkpoint | None) -> Any:
+    def note(done: int) -> None:
+        text = f"round {done} of {rounds}"
+        begin = 0 if checkpoint is None else checkpoint.resumed
+        if begin:
+            text = f"resumed at {text}" if done == begin else f"{text}, resumed at round {begin}"
+        progress(done / rounds, text)
+
+    return note
 
 
 def _named(run: Run, task: Any) -> Run:

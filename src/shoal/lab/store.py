@@ -36,7 +36,7 @@ def default_folder() -> Path:
 
 
 class Store:
-    """`runs.sqlite` in a folder, with final parameters beside it as safetensors.
+    """`runs.sqlite` in a folder; beside it final parameters as safetensors, and checkpoints.
 
     Every `put` is one transaction, and parameters are in place before it: a run is stored wholly
     or not at all. Several processes may use one folder.
@@ -87,6 +87,10 @@ class Store:
 
     def params_path(self, key: str) -> Path:
         return self.folder / "params" / f"{key}.safetensors"
+
+    def checkpoint_path(self, name: str) -> Path:
+        """Of runs that are under way (`engine.lockstep.checkpoint`)."""
+        return self.folder / "checkpoints" / f"{name}.pt"
 
     def count(self) -> int:
         """How many runs are stored."""

@@ -15,11 +15,13 @@ import contextlib
 import logging
 import os
 import zipfile
+from collections.abc import Iterable
 from dataclasses import astuple, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from shoal.base.stopwatch import Stopwatch
 from shoal.engine.lockstep.timeline import _Moment
@@ -124,11 +126,6 @@ class Checkpoint:
             self._give_up(f"cannot be written: {error}")
         self._wait_s = max(self.every_s, saving.wall_s / SHARE)
         self._since = Stopwatch()
-
-    def remove(self) -> None:
-        """The runs are stored."""
-        self.path.unlink(missing_ok=True)
-        self._remove_parts()
 
     def _read(self, engine: Lockstep) -> tuple[int, tuple[float, float], list[_Change]] | None:
         """(next round, wall and CPU seconds spent, what to change); None if it is of no use."""
@@ -244,13 +241,17 @@ def _changes_of(world: World, old: dict[str, Any]) -> list[_Change]:
 def _columns(rows: list[Row]) -> dict[str, Any]:
     """Rows by column: there may be one for each peer, metric and round."""
     names = {name: number for number, name in enumerate(dict.fromkeys(row.name for row in rows))}
+
+    def column(values: Iterable[float], dtype: torch.dtype) -> Tensor:
+        return torch.tensor(list(values), dtype=dtype, device="cpu")
+
     return {
         "names": list(names),
-        "name": torch.tensor([names[row.name] for row in rows], dtype=torch.int64),
-        "value": torch.tensor([row.value for row in rows], dtype=torch.float64),
-        "time_s": torch.tensor([row.time_s for row in rows], dtype=torch.float64),
-        "round": torch.tensor([row.round for row in rows], dtype=torch.int64),
-        "peer": torch.tensor([row.peer for row in rows], dtype=torch.int64),
+        "name": column((names[row.name] for row in rows), torch.int64),
+        "value": column((row.value for row in rows), torch.float64),
+        "time_s": column((row.time_s for row in rows), torch.float64),
+        "round": column((row.round for row in rows), torch.int64),
+        "peer": column((row.peer for row in rows), torch.int64),
         "special": {
             place: (row.value, row.labels)
             for place, row in enumerate(rows)
