@@ -74,7 +74,6 @@ class Method:
     _waves: dict[int, tuple[Wave, ...]] = field(default_factory=dict, repr=False)
     _active: dict[int, Tensor] = field(default_factory=dict, repr=False)
     _keys: dict[int, tuple[Key, ...]] = field(default_factory=dict, repr=False)
-    _keys: dict[int, tuple[Key, ...]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         peers = self.exchange.peers
@@ -126,21 +125,6 @@ class Method:
         if found is None:
             found = self._active[round] = self.exchange.active(round, self.seed)
             self._active.pop(round - 8, None)
-        return found
-
-    def keys(self, round: int) -> tuple[Key, ...]:
-        """Each peer's key of a round, what `peer.key("round", round)` gives in a run of this seed.
-
-        All at once: a key takes a microsecond as a row of a tensor, and five as one of its own.
-        """
-        found = self._keys.get(round)
-        if found is None:
-            peers = torch.arange(self.peers, device="cpu")
-            folded = keyed.fold(keyed.key_of(self.seed, "peer"), peers, "round", round)
-            folded = folded.to(self.initial.device, non_blocking=True)
-            folded = folded.to(self.initial.device, non_blocking=True)
-            found = self._keys[round] = folded.unbind()
-            self._keys.pop(round - 8, None)
         return found
 
     def keys(self, round: int) -> tuple[Key, ...]:
