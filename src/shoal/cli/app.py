@@ -13,7 +13,7 @@ from typer.core import TyperGroup
 
 from shoal.cli.console import explain
 
-_NO_COMMANDS = ("main", "app", "options", "console", "listing")
+_NO_COMMANDS = ("main", "app", "options", "console", "listing", "progress")
 
 
 class Group(TyperGroup):

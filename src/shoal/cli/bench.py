@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from shoal.cli.options import Json
+from shoal.cli.options import Json, Quiet
 
 if TYPE_CHECKING:
+    from shoal.cli.progress import Tell
     from shoal.lab.bench import Row
 
 
@@ -33,7 +33,7 @@ def command(
         bool,
         typer.Option("--tiny", help="The smallest sizes: does everything run? Judges nothing."),
     ] = False,
-    json: Json = False,
+    quiet: Quiet = False, json: Json = False,
 ) -> None:  # fmt: skip
     """Measure speed and memory on this machine.
 
@@ -49,15 +49,17 @@ def command(
     """
     from shoal.base.errors import ShoalError
     from shoal.cli.console import explain, json_line
+    from shoal.cli.progress import progress
     from shoal.lab import bench
 
     chosen = list(dict.fromkeys(names or bench.names()))
     titles = {name: bench.title(name) for name in chosen}
     code = 0
-    for name in chosen:
+    for place, name in enumerate(chosen):
         rows: list[Row] = []
         try:
-            with _progress(name, json) as note:
+            with progress("benches", quiet=quiet, json=json) as tell:
+                note = _noting(tell, name, place, len(chosen))
                 for row in bench.run(name, tiny=tiny, note=note):
                     rows.append(row)
                     if json:
@@ -72,17 +74,11 @@ def command(
     raise typer.Exit(code)
 
 
-@contextmanager
-def _progress(name: str, quiet: bool) -> Iterator[Callable[[str], None] | None]:
-    """A spinner with what the bench is busy with, on a terminal; None elsewhere."""
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    if quiet or not console.is_terminal:
-        yield None
-        return
-    with console.status(f"{name}: starting") as status:
-        yield lambda text: status.update(f"{name}: {text}")
+def _noting(tell: Tell | None, name: str, place: int, total: int) -> Callable[[str], None] | None:
+    if tell is None:
+        return None
+    tell(place, total, name)
+    return lambda text: tell(place, total, f"{name}: {text}")
 
 
 def _show(title: str, rows: list[Row]) -> None:

@@ -15,6 +15,7 @@ from shoal.cli.options import (
     Json,
     Out,
     Peers,
+    Quiet,
     Seed,
     Seeds,
     Settings,
@@ -35,7 +36,7 @@ def command(
     ] = None,
     seed: Seed = None, seeds: Seeds = 3, peers: Peers = None, engine: Engine = None,
     device: Device = None, settings: Settings = None, values: Grid = None, jobs: Jobs = 1,
-    fresh: Fresh = False, out: Out = None, json: Json = False,
+    fresh: Fresh = False, out: Out = None, quiet: Quiet = False, json: Json = False,
 ) -> None:  # fmt: skip
     """Compare systems on one scenario.
 
@@ -77,6 +78,6 @@ def command(
         overrides=overrides(settings, peers, device),
         grid=grid(values),
     )
-    report, path = run_and_save(experiment, jobs=jobs, fresh=fresh, out=out, quiet=json)
+    report, path = run_and_save(experiment, jobs=jobs, fresh=fresh, out=out, quiet=quiet, json=json)
     (show_report_json if json else show_report)(report, path)
     raise typer.Exit(report.exit_code)

@@ -1,4 +1,4 @@
-"""What commands print: aligned tables, JSON Lines on stdout; errors and bars on stderr."""
+"""What commands print: aligned tables, JSON Lines on stdout; errors on stderr."""
 
 from __future__ import annotations
 
@@ -7,17 +7,14 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shoal.base.errors import ShoalError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from shoal.lab.experiment import Experiment, Tick
+    from shoal.lab.experiment import Experiment
     from shoal.lab.report import Report
 
 
@@ -125,38 +122,13 @@ def show_report_json(report: Report, path: Path) -> None:
     json_line({"report": str(path), "title": report.title, "errors": errors})
 
 
-@contextmanager
-def bars(quiet: bool) -> Iterator[Callable[[Tick], None] | None]:
-    """Progress bars on a terminal; None (no progress wanted) elsewhere and with --json."""
-    if quiet or not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (
-        TextColumn("{task.description}", style="bold"), BarColumn(bar_width=32),
-        TextColumn("{task.completed:.1f}/{task.total:.0f} runs"), TimeElapsedColumn(),
-        TextColumn("{task.fields[note]}", style="dim"),
-    )  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("running", total=None, note="")
-
-        def tick(now: Tick) -> None:
-            progress.update(
-                task, total=now.total, completed=min(now.done + now.part, now.total),
-                note=f"{now.cell} {now.note}",
-            )  # fmt: skip
-
-        yield tick
-
-
 def run_and_save(
-    experiment: Experiment, *, jobs: int, fresh: bool, out: Path | None, quiet: bool
+    experiment: Experiment, *, jobs: int, fresh: bool, out: Path | None, quiet: bool, json: bool
 ) -> tuple[Report, Path]:
     """Run an experiment with the workspace's store and write its report."""
+    from shoal.cli.progress import of_ticks, progress
     from shoal.lab.store import Store, default_folder
 
-    with Store() as store, bars(quiet) as tick:
-        report = experiment.run(store, jobs=jobs, progress=tick, fresh=fresh)
+    with Store() as store, progress("runs", quiet=quiet, json=json) as tell:
+        report = experiment.run(store, jobs=jobs, progress=of_ticks(tell), fresh=fresh)
     return report, report.save(out or default_folder() / "reports")

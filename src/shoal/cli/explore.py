@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from shoal.cli.options import Json, Peers, Settings, overrides, system_names
+from shoal.cli.options import Json, Peers, Quiet, Settings, overrides, system_names
 
 if TYPE_CHECKING:
+    from shoal.cli.progress import Tell
     from shoal.lab.explore import Exploration
 
 MANY = 100
@@ -37,6 +37,7 @@ def command(
         typer.Option("--jobs", "-j", min=1, help="Worker processes (default: all cores from 100 "
                      "fault lists on, else 1)."),
     ] = None,
+    quiet: Quiet = False,
     json: Json = False,
 ) -> None:  # fmt: skip
     """Look for fault lists that break a system.
@@ -56,6 +57,7 @@ def command(
       shoal explore gossip --seeds 50 --json
       shoal explore modest --replay .shoal/explore/modest.json
     """
+    from shoal.cli.progress import progress
     from shoal.lab.fuzz import target
 
     given = dict(overrides(settings, peers, None))
@@ -63,11 +65,17 @@ def command(
         raise typer.Exit(_replay(name, again, given, json))
     aim = target(name, given)
     cores = (os.cpu_count() or 1) if seeds >= MANY else 1
-    with _bar(seeds, json) as tick:
-        found = aim.explore(seeds, seed, tick, jobs=jobs or cores)
+    with progress("fault lists", quiet=quiet, json=json) as tell:
+        found = aim.explore(seeds, seed, _tick(tell, seeds), jobs=jobs or cores)
     path = _save(name, given, found) if found.failures else None
     (_show_json if json else _show)(name, found, path)
     raise typer.Exit(1 if found.failures else 0)
+
+
+def _tick(tell: Tell | None, seeds: int) -> Callable[[int, int], None] | None:
+    if tell is None:
+        return None
+    return lambda done, bad: tell(done, seeds, f"{bad} failures" if bad else "")
 
 
 def _save(name: str, given: dict[str, Any], found: Exploration) -> Path:
@@ -109,27 +117,6 @@ def _replay(name: str, path: Path, given: dict[str, Any], as_json: bool) -> int:
         else:
             say(f"seed {failure['seed']}: {problem.text if problem else 'gone'}")
     return 1 if left else 0
-
-
-@contextmanager
-def _bar(seeds: int, quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
-    import sys
-
-    if quiet or not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (
-        BarColumn(bar_width=32), TextColumn("{task.completed:.0f}/{task.total:.0f} fault lists"),
-        TimeElapsedColumn(), TextColumn("{task.fields[note]}"),
-    )  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("", total=seeds, note="")
-        yield lambda done, failures: progress.update(
-            task, completed=done, note=f"{failures} failures" if failures else ""
-        )
 
 
 def _show(name: str, found: Exploration, path: Path | None) -> None:

@@ -24,6 +24,7 @@ def families() -> list[str]:
 
 
 Json = Annotated[bool, typer.Option("--json", help="JSON Lines: one object a line, no bars.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing about progress.")]
 Seed = Annotated[int | None, typer.Option("--seed", help="First seed.")]
 Seeds = Annotated[int | None, typer.Option("--seeds", min=1, help="How many seeds.")]
 Peers = Annotated[int | None, typer.Option("--peers", min=1, help="How many peers.")]

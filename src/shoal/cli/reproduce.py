@@ -15,6 +15,7 @@ from shoal.cli.options import (
     Json,
     Out,
     Peers,
+    Quiet,
     Seed,
     Settings,
     engine_name,
@@ -35,7 +36,7 @@ def command(
     budget: Annotated[str, typer.Option("--budget", help="small or full.")] = "small",
     seed: Seed = None, peers: Peers = None, engine: Engine = None, device: Device = None,
     settings: Settings = None, jobs: AllCores = None, fresh: Fresh = False, out: Out = None,
-    json: Json = False,
+    quiet: Quiet = False, json: Json = False,
 ) -> None:  # fmt: skip
     """Measure the claims of systems and judge them.
 
@@ -71,8 +72,9 @@ def command(
             overrides=overrides(settings, peers, device),
         )  # fmt: skip
         report, path = run_and_save(
-            experiment, jobs=jobs or os.cpu_count() or 1, fresh=fresh, out=out, quiet=json
-        )
+            experiment, jobs=jobs or os.cpu_count() or 1, fresh=fresh, out=out, quiet=quiet,
+            json=json,
+        )  # fmt: skip
         code = max(code, report.exit_code)
         if json:
             json_line(

@@ -16,6 +16,7 @@ from shoal.cli.options import (
     Json,
     Out,
     Peers,
+    Quiet,
     Seed,
     Seeds,
     Settings,
@@ -36,7 +37,7 @@ def command(
     ],
     seed: Seed = None, seeds: Seeds = None, peers: Peers = None, engine: Engine = None,
     device: Device = None, settings: Settings = None, values: Grid = None, jobs: Jobs = 1,
-    fresh: Fresh = False, out: Out = None, json: Json = False,
+    fresh: Fresh = False, out: Out = None, quiet: Quiet = False, json: Json = False,
 ) -> None:  # fmt: skip
     """Run a scenario file or one system.
 
@@ -56,7 +57,7 @@ def command(
     experiment.overrides = overrides(settings, peers, device)
     experiment.grid = grid(values)
     _set_seeds(experiment, seed, seeds)
-    report, path = run_and_save(experiment, jobs=jobs, fresh=fresh, out=out, quiet=json)
+    report, path = run_and_save(experiment, jobs=jobs, fresh=fresh, out=out, quiet=quiet, json=json)
     (show_report_json if json else show_report)(report, path)
     raise typer.Exit(report.exit_code)
 
