@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -30,12 +31,13 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
-from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+from shoal.base.errors import UsageError
+from shoal.tensor import tree
 
 KIND = "pretend"
 """The device type; torch keeps one place for a type that it does not know, and this takes it."""
 
-aten = torch.ops.aten
 _ROOT = str(Path(__file__).parents[1])
 
 # Operations whose result, or its size, must be known to the processor.
@@ -70,6 +72,10 @@ class PretendTensor(Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _run(func, args, kwargs or {}, None)
+
+    @property
+    def layout(self) -> torch.layout:  # type: ignore[override]
+        return self.inner.layout
 
     def __repr__(self, *, tensor_contents: object = None) -> str:
         return f"PretendTensor({self.inner!r})"
@@ -164,10 +170,15 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any], meter: PretendDevice | No
         _count(meter, name, args, kwargs, near)
     found = {id(value.inner): value for value in far}
     inner = [value.inner if isinstance(value, PretendTensor) else value for value in flat]
+    outer = args, kwargs
     args, kwargs = tree_unflatten(inner, structure)
     if target is not None:
         kwargs["device"] = torch.device("cpu")
     out = func(*args, **kwargs)
+    if torch.Tag.inplace_view in func.tags:
+        # The wrapper's own sizes must follow.
+        with torch._C._DisableTorchDispatch():
+            func(*outer[0], **outer[1])
     written = _writes(func)
     stays = KIND if target is None else target.type
     if name == "copy_" and not isinstance(flat[0], PretendTensor):
@@ -177,10 +188,7 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any], meter: PretendDevice | No
         if not isinstance(value, Tensor):
             return value
         if written and id(value) in found:
-            same = found[id(value)]
-            if same.shape != value.shape:
-                raise NotImplementedError(f"PretendDevice: {func} changes a shape in place")
-            return same
+            return found[id(value)]
         return PretendTensor(value) if stays == KIND else value
 
     return tree_map(wrapped, out)
@@ -260,6 +268,13 @@ def _register() -> None:
     """Make the device type known to torch; once in a process."""
     if _library:
         return
+    try:
+        from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+    except ImportError:
+        raise UsageError(
+            f"PretendDevice: torch {torch.__version__} knows no devices written in Python (use 2.9 "
+            "or newer)"
+        ) from None
     _setup_privateuseone_for_python_backend(KIND)
     # `torch.tensor(..., device=...)` makes its copy below the reach of any mode.
     library = torch.library.Library("aten", "IMPL")
@@ -278,3 +293,31 @@ def _copy_from(source: Any, target: Any, non_blocking: bool = False) -> Tensor:
     into = target.inner if isinstance(target, PretendTensor) else target
     into.copy_(source.inner if isinstance(source, PretendTensor) else source)
     return target
+
+
+def check_device(function: Callable[..., Any], *args: Any) -> PretendDevice:
+    """AssertionError unless `function` gives the same numbers there as on the processor.
+
+    args: trees of tensors on the processor (see `shoal.tensor.tree`); the result is one, and all of
+    it must be where the arguments were. Returns the device, closed, with what was counted.
+
+    >>> check_device(lambda x: x.sort().values[:2], torch.tensor([3.0, 1.0, 2.0])).waits.total()
+    0
+    """
+    here, structure = tree.flatten(function(*args))
+    with PretendDevice() as device:
+        away = [tree.map_tree(lambda leaf: leaf.to(device.name), arg) for arg in args]
+        device.waits.clear()
+        there, other = tree.flatten(function(*away))
+    assert structure == other, "device: another structure of the result"
+    for place, (near, far) in enumerate(zip(here, there, strict=True)):
+        assert isinstance(far, PretendTensor), f"device: tensor {place} of the result is on cpu"
+        kinds = [f"{each.dtype} {tuple(each.shape)}" for each in (near, far)]
+        assert kinds[0] == kinds[1], f"device: tensor {place} is {kinds[1]}, not {kinds[0]}"
+        if near.layout == torch.strided:
+            gap = near != far.inner
+            unlike = gap & ~((near != near) & (far.inner != far.inner))
+            assert not unlike.any(), (
+                f"device: {int(unlike.sum())} of {unlike.numel()} numbers of tensor {place} differ"
+            )
+    return device
