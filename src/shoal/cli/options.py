@@ -32,7 +32,11 @@ Engine = Annotated[
     str | None, typer.Option("--engine", help="auto, event, lockstep or live.", metavar="ENGINE")
 ]
 Device = Annotated[
-    str | None, typer.Option("--device", help="Torch device, such as cpu or cuda:0.")
+    str | None,
+    typer.Option(
+        "--device",
+        help="Torch device, such as cpu or cuda:0 (default auto: a GPU if there is one).",
+    ),
 ]
 Settings = Annotated[
     list[str] | None,

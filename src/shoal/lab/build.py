@@ -11,6 +11,7 @@ from typing import Any
 
 from shoal.base.errors import UsageError
 from shoal.lab.scenario import ROLES, Part, Scenario
+from shoal.lab.torch_device import resolved
 from shoal.lab.values import Unfit, Where, fit, near, refuse
 from shoal.world.faults import Fault
 
@@ -61,7 +62,8 @@ def surroundings(scenario: Scenario) -> dict[str, Any]:
     Byzantine (`byzantine`) and which (`faulty`)."""
     faulty = scenario.byzantine_peers()
     return {
-        "peers": scenario.peers, "seed": scenario.seed, "device": scenario.engine.device,
+        "peers": scenario.peers, "seed": scenario.seed,
+        "device": resolved(scenario.engine.device),
         "byzantine": len(faulty), "faulty": faulty,
     }  # fmt: skip
 

@@ -17,6 +17,7 @@ from shoal.lab.build import surroundings
 from shoal.lab.card import Arm, System
 from shoal.lab.environment import code_digest, version
 from shoal.lab.scenario import Part, Scenario, is_scenario_key, typed
+from shoal.lab.torch_device import resolved
 from shoal.lab.values import Unfit, fit, freeze, from_text, near, thaw
 from shoal.world.record import Row, Run
 
@@ -55,6 +56,13 @@ class Cell:
     engine: str = "auto"
     what: Any = None
 
+    def __post_init__(self) -> None:
+        settings = self.scenario.engine
+        device = resolved(settings.device)
+        if device != settings.device:
+            world = replace(self.scenario, engine=replace(settings, device=device))
+            object.__setattr__(self, "scenario", world)
+
     @property
     def live(self) -> tuple[str, ...]:
         """What keeps this cell from being data: names of live objects."""
@@ -82,8 +90,12 @@ class Cell:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Cell:
         """Inverse of `to_json`."""
+        scenario = Scenario.from_json(data["scenario"])
+        if scenario.engine.device == "auto":
+            # Reports that do not say so were made before there was a choice.
+            scenario = scenario.with_settings({"engine.device": "cpu"})
         return cls(
-            data["arm"], data["seed"], Scenario.from_json(data["scenario"]), data["system"],
+            data["arm"], data["seed"], scenario, data["system"],
             freeze(data["settings"]), freeze(data["host"]), data["engine"],
         )  # fmt: skip
 

@@ -137,6 +137,7 @@ _CONTRACTS: tuple[tuple[str, str, tuple[tuple[str, tuple[str, ...]], ...]], ...]
             ("testing/transform.py", ("check_transform",)),
             ("testing/attack.py", ("check_attack",)),
             ("testing/topology.py", ("check_topology",)),
+            ("testing/pretend_device.py", ("PretendDevice", "check_device")),
             ("testing/ladder.py", ("check_strategy", "check_program", "check_live")),
         ),
     ),

@@ -45,11 +45,15 @@ class Part:
 
 @dataclass(frozen=True)
 class EngineSettings:
-    """How a run is computed, not what: batching of local work, strict wire, torch device."""
+    """How a run is computed, not what: batching of local work, strict wire, torch device.
+
+    device: where models live, such as "cpu" or "cuda:0"; "auto" is a GPU if there is one. What is
+    stored of a run names the device that it ran on, so that a replay uses the same.
+    """
 
     batching: Literal["lazy", "off"] = "lazy"
     strict: bool = False
-    device: str = "cpu"
+    device: str = "auto"
 
 
 _HINTS: Mapping[str, Any] = {

@@ -214,13 +214,13 @@ class Rounds:
         )  # fmt: skip
         slots = [got.get(source) for source in wave.sources[peer.id]]
         payloads = tuple(own.payload if u is None else own.there(self._open(u)) for u in slots)
-        mask = own.there(torch.tensor([True, *(u is not None for u in slots)]))
+        mask = own.there(torch.tensor([True, *(u is not None for u in slots)], device="cpu"))
         mixing = None if wave.mixing is None else own.there(wave.mixing[wave.row[peer.id]])
         weights = [own.weight, *(None if u is None else u.weight for u in slots)]
         taught = None
         if any(w is not None for w in weights):
             numbers = [0.0 if w is None else float(w) for w in weights]
-            taught = own.there(torch.tensor(numbers, dtype=torch.float64))
+            taught = own.there(torch.tensor(numbers, dtype=torch.float64, device="cpu"))
         extras = [own.extra, *({} if u is None else own.there(u.extra) for u in slots)]
         like = next((extra for extra in extras if extra), None)
         if like is None:

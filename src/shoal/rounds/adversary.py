@@ -50,7 +50,8 @@ def craft(
     if attack.knowledge is Knowledge.OWN:
         # Each attacker sees itself alone: one world per attacker.
         own = own.unsqueeze(-2)
-        ids = torch.tensor([side.byzantine for side in sides]).to(device, non_blocking=True)
+        ids = torch.tensor([side.byzantine for side in sides], device="cpu")
+        ids = ids.to(device, non_blocking=True)
         return attack(View(own, own, round), keyed.fold(key.unsqueeze(-1), ids)).squeeze(-2)
     heard = torch.stack([in_hand(m, round, hop, s) for m, s in zip(methods, sides, strict=True)])
     heard = heard.to(device, non_blocking=True)
@@ -102,8 +103,9 @@ def outcome(method: Method, honest: Stack, byzantine: Stack, heard: Mask) -> Sta
     if everyone is not None:
         return everyone(rows, mask)[..., :count, :]
     # Row i of `order` is receiver i's view: its own vector first.
-    order = torch.tensor([[i, *range(i), *range(i + 1, total)] for i in range(count)])
-    order = order.to(rows.device, non_blocking=True)
+    order = torch.tensor(
+        [[i, *range(i), *range(i + 1, total)] for i in range(count)], device="cpu"
+    ).to(rows.device, non_blocking=True)
     center = rows[..., :count, :]
     return method.aggregator(
         rows[..., order, :], mask=heard.take_along_dim(order.expand(heard.shape), -1),

@@ -102,7 +102,9 @@ class Measure:
                 models.append(params)
             place[peer] = index
         stack = torch.stack(models)
-        counts = torch.bincount(torch.tensor([place[p] for p in peers]), minlength=len(models))
+        counts = torch.bincount(
+            torch.tensor([place[p] for p in peers], device="cpu"), minlength=len(models)
+        )
         counts = counts.to(stack.device, stack.dtype, non_blocking=True)
         mean = (counts.unsqueeze(-1) * stack).sum(0) / len(peers)
         last = max(time_s for time_s, _ in group.values())
@@ -120,7 +122,7 @@ class Measure:
             return
         needed = sorted({place[p] for p in chosen})
         row_of = {index: i for i, index in enumerate(needed)}
-        index = torch.tensor(needed).to(stack.device, non_blocking=True)
+        index = torch.tensor(needed, device="cpu").to(stack.device, non_blocking=True)
         values = self._task.evaluate(stack[index])
         columns = torch.stack([column.double() for column in values.values()]).tolist()
         for name, column in zip(values, columns, strict=True):

@@ -219,7 +219,7 @@ def spread(scale: Tensor, groups: tuple[int, ...]) -> Tensor:
     """One number per group [..., groups], repeated for the entries; broadcasts if there is one."""
     if len(groups) == 1:
         return scale
-    sizes = torch.tensor(groups).to(scale.device, non_blocking=True)
+    sizes = torch.tensor(groups, device="cpu").to(scale.device, non_blocking=True)
     return torch.repeat_interleave(scale, sizes, dim=-1, output_size=sum(groups))
 
 
