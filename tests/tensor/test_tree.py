@@ -236,6 +236,35 @@ def test_what_lies_in_one_tensor_already_is_not_copied(kind: str) -> None:
     assert stacked.untyped_storage().data_ptr() == parts[0].untyped_storage().data_ptr()
 
 
+@given(st.data())
+def test_columns_of_one_tensor_are_gathered_side_by_side(data: st.DataObject) -> None:
+    count, width = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 5))
+    whole, other = base(6, 3), base(4, 2)
+    pick = st.lists(st.integers(0, 5), min_size=count, max_size=count)
+    columns = [[whole[i] for i in data.draw(pick)] for _ in range(width)]
+    alien = [other[i % 4] for i in data.draw(pick)]
+    columns.insert(data.draw(st.integers(0, width)), alien)
+    for column, found in zip(columns, tree.stack_columns(columns), strict=True):
+        assert torch.equal(found, torch.stack(column))
+
+
+def test_a_stack_of_gathered_columns_is_no_copy() -> None:
+    whole = base(5, 3)
+    rows = whole.unbind(0)
+    columns = [[rows[i] for i in order] for order in ((0, 1, 2), (4, 0, 1), (2, 2, 3))]
+    gathered = tree.stack_columns(columns)
+    together = tree.stack_tensors(gathered)
+    assert together.untyped_storage().data_ptr() == gathered[0].untyped_storage().data_ptr()
+    assert torch.equal(together, torch.stack([torch.stack(column) for column in columns]))
+
+
+def test_rows_with_a_gradient_stack() -> None:
+    whole = base().requires_grad_()
+    stacked = tree.stack([whole[1], whole[0]])
+    stacked.sum().backward()
+    assert whole.grad is not None
+
+
 def test_rows_and_a_piece_of_a_row_do_not_stack() -> None:
     one, other = base()[:2].clone().unbind(0)
     with pytest.raises(RuntimeError):

@@ -282,8 +282,8 @@ def combine(
     """(aggregate [..., dim], rows that counted [...], combined extras); own row first."""
     decode = method.transform.decode
     rows = [own, *[decode(payload) for payload in payloads]]
-    # What one peer hears are often rows of one tensor already.
-    x = tree.stack_tensors(rows) if own.dim() == 1 else torch.stack(rows, -2)
+    # What a peer hears lies in one tensor already where engines could see to that.
+    x = tree.stack_tensors(rows).movedim(0, -2)
     mask, weight = weights_of(mask, mixing, taught)
     vector = method.aggregator(x, mask=mask, weight=weight, center=own)
     share = mask.to(torch.float64) if weight is None else weight.to(torch.float64)

@@ -199,10 +199,51 @@ def stack(trees: Sequence[Tree]) -> Tree:
 
 def stack_tensors(column: Column) -> Tensor:
     """`torch.stack`, without a copy of what is one tensor, or the rows of one, already."""
-    first, count = column[0], len(column)
-    if all(leaf is first for leaf in column):
-        return first.expand(count, *first.shape)
-    base = first._base
+    return stack_columns([column])[0]
+
+
+def stack_columns(columns: Sequence[Column]) -> list[Tensor]:
+    """`stack_tensors` of each column, of equally many tensors each.
+
+    Rows of one tensor that several columns hold in orders of their own are gathered at once and
+    lie side by side, so that a stack of the results need not copy them again.
+    """
+    stacked: list[Tensor] = []
+    gathers: dict[int, tuple[Tensor, dict[tuple[int, ...], list[int]]]] = {}
+    for place, column in enumerate(columns):
+        first = column[0]
+        if all(leaf is first for leaf in column):
+            stacked.append(first.expand(len(column), *first.shape))
+            continue
+        rows = _rows_of(first._base, column)
+        if rows is None:
+            stacked.append(torch.stack(column))
+            continue
+        stacked.append(first)
+        _, orders = gathers.setdefault(id(first._base), (first._base, {}))
+        orders.setdefault(rows, []).append(place)
+    for base, orders in gathers.values():
+        if all(rows == tuple(range(rows[0], rows[0] + len(rows))) for rows in orders):
+            parts = [base[rows[0] : rows[0] + len(rows)] for rows in orders]
+        else:
+            index = torch.tensor(list(orders), device="cpu").to(base.device, non_blocking=True)
+            parts = _gathered(base, index)
+        for part, places in zip(parts, orders.values(), strict=True):
+            for place in places:
+                stacked[place] = part
+    return stacked
+
+
+def _gathered(base: Tensor, index: Tensor) -> Sequence[Tensor]:
+    """base[index], split along the first axis of index [columns, rows]."""
+    made = base.new_empty(*index.shape, *base.shape[1:])
+    torch.index_select(base, 0, index.reshape(-1), out=made.view(-1, *base.shape[1:]))
+    return made.unbind()
+
+
+def _rows_of(base: Tensor | None, column: Column) -> tuple[int, ...] | None:
+    """Which rows of `base` the tensors are; None when one is not."""
+    first = column[0]
     shape, strides, dtype = first.shape, first.stride(), first.dtype
     if (
         base is None
@@ -212,8 +253,9 @@ def stack_tensors(column: Column) -> Tensor:
         # A view may read the same memory as other numbers.
         or base.dtype != dtype
         or base.is_complex()
+        or base.requires_grad
     ):
-        return torch.stack(column)
+        return None
     step, start = base.stride(0), base.storage_offset()
     places = []
     for leaf in column:
@@ -223,16 +265,11 @@ def stack_tensors(column: Column) -> Tensor:
             or leaf.shape != shape
             or leaf.dtype != dtype
         ):
-            return torch.stack(column)
+            return None
         places.append(leaf.storage_offset() - start)
     if step <= 0 or any(place % step for place in places):
-        return torch.stack(column)
-    row = places[0] // step
-    if places == list(range(places[0], places[0] + count * step, step)):
-        return base[row : row + count]
-    return base.index_select(
-        0, torch.tensor([place // step for place in places], device=base.device)
-    )
+        return None
+    return tuple([place // step for place in places])
 
 
 def rows(tree: Tree, count: int) -> list[Tree]:

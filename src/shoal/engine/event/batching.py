@@ -36,26 +36,27 @@ maximum taken over the wrong axis is off by its own size.
 
 
 class _Call:
-    """A pending computation of one peer. `leaves` and `alike` are found when they are needed."""
+    """A pending computation of one peer. Its arguments are taken apart when that is needed."""
 
-    __slots__ = ("alike", "args", "error", "group", "leaves", "peer", "ran", "result", "wait")
+    __slots__ = ("args", "error", "group", "kind", "leaves", "peer", "ran", "result", "wait")
 
     def __init__(self, wait: Wait, peer: int, args: tuple[Any, ...]) -> None:
         self.wait = wait
         self.peer = peer
         self.args = args
         self.leaves: list[torch.Tensor] = []
-        self.alike: Any = None
+        self.kind: Any = None
         self.group: _Group | None = None
         self.ran = False
         self.result: Any = None
         self.error: BaseException | None = None
 
-    def look(self) -> None:
-        """Take the arguments apart."""
-        if self.alike is None:
+    def alike(self) -> Any:
+        """Structure and shapes: what must be equal in calls that run as one."""
+        if self.kind is None:
             self.leaves, structure = tree.flatten(self.args)
-            self.alike = (structure, _shapes(self.leaves))
+            self.kind = (structure, _shapes(self.leaves))
+        return self.kind
 
 
 class _Chunk:
@@ -71,8 +72,7 @@ class _Chunk:
     def args(self) -> Any:
         """The arguments of all calls with a new leading axis. Not to be written into: what lies in
         one tensor already is not copied."""
-        leaves = [tree.stack_tensors(column) for column in self.columns]
-        return tree.unflatten(self.alike[0], leaves)
+        return tree.unflatten(self.alike[0], tree.stack_columns(self.columns))
 
     def begin(self, count: int) -> _Chunk:
         """The first calls only."""
@@ -128,10 +128,8 @@ class Batcher:
                 f"compute: static={static!r}: {error} (pass tensors as arguments, and constants as "
                 "numbers, strings, tuples or frozen dataclasses)"
             ) from None
-        if cost is None or not shared:
-            call.look()
         if cost is None:
-            cost = self._estimate(function, args, static, (kinds, *call.alike))
+            cost = self._estimate(function, args, static, (kinds, *call.alike()))
         seconds = simulation.network.device.seconds(peer, cost, simulation.slow[peer])
         if not 0 <= seconds < float("inf"):
             raise UsageError(f"compute: {cost} takes {seconds} s; need a finite time >= 0")
@@ -207,14 +205,12 @@ class Batcher:
         if found is not None:
             calls, (columns, structure) = waiting, found
             alike = (structure, _shapes([column[0] for column in columns]))
+        elif len(waiting) == 1:
+            calls, columns, alike = waiting, [], None
         else:
-            for call in waiting:
-                try:
-                    call.look()
-                except UsageError as error:
-                    call.error, call.alike = error, call
-            alike = due.alike
-            calls = [call for call in waiting if call.alike == alike] if due.leaves else [due]
+            calls, alike = [due], _alike(due)
+            if due.leaves:
+                calls = [call for call in waiting if call is due or _alike(call) == alike]
             columns = [*zip(*[call.leaves for call in calls], strict=True)]
         for call in calls:
             call.ran = True
@@ -233,11 +229,12 @@ class Batcher:
 
     @staticmethod
     def _alone(group: _Group, call: _Call) -> None:
-        if call.error is None:
-            try:
-                call.result = group.function(*call.args, *group.static)
-            except Exception as error:
-                call.error = error
+        try:
+            # `live` refuses arguments that are no tree, so that nothing works here alone.
+            tree.flatten(call.args)
+            call.result = group.function(*call.args, *group.static)
+        except Exception as error:
+            call.error = error
 
     def _agrees(self, group: _Group, chunk: _Chunk, calls: list[_Call]) -> bool:
         """Check a function at its first batch; on a rule broken, every call of it fails."""
@@ -281,6 +278,14 @@ class Batcher:
 
 def _peer(call: _Call) -> int:
     return call.peer
+
+
+def _alike(call: _Call) -> Any:
+    try:
+        return call.alike()
+    except UsageError:
+        # Fails when it runs, alone.
+        return call
 
 
 def _shapes(leaves: Sequence[torch.Tensor]) -> tuple[Any, ...]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 from collections import deque
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from heapq import heapify, heappop, heappush
 from itertools import count
@@ -91,11 +92,22 @@ def simulate(
     `progress(virtual_s, events)` is called every few thousand events. Errors that a program does
     not handle end the run and are raised here with the peer and the virtual time as a note.
     """
-    with one_thread():
+    with one_thread(), _old_objects_apart():
         return Simulation(
             programs, network, seed=seed, settings=settings or EventSettings(), observer=observer,
             executor=executor or Local(), limits=limits,
         ).run(progress)  # fmt: skip
+
+
+@contextmanager
+def _old_objects_apart() -> Iterator[None]:
+    """What is here already (torch alone is half a million objects) need not be searched for
+    garbage every few rounds: that took a sixth of a run."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 class Simulation:
@@ -144,9 +156,6 @@ class Simulation:
 
     def run(self, progress: Callable[[float, int], None] | None = None) -> Run:
         watch = Stopwatch()
-        # What is here already (torch alone is half a million objects) need not be searched for
-        # garbage every few rounds: that took a sixth of a run.
-        gc.freeze()
         try:
             self.outages.schedule()
             for runtime in self.runtimes:
@@ -154,7 +163,6 @@ class Simulation:
                     self.start(runtime)
             finished = self._loop(progress)
         finally:
-            gc.unfreeze()
             for runtime in self.runtimes:
                 runtime.kill()
         return self._finish(watch, finished)
