@@ -63,6 +63,7 @@ def go_on(home: Path, **settings: Any) -> list[str]:
 
     def tell(tick: Tick) -> None:
         notes.append(f"{tick.cell} {tick.note}")
+        assert tick.reused == ("resumed at round 5 of" in tick.note or tick.note == "stored")
 
     with Store(home) as store:
         experiment().run(store, progress=tell, **settings)

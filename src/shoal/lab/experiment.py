@@ -13,7 +13,7 @@ from shoal.lab import discover
 from shoal.lab import launch as seam
 from shoal.lab.build import check
 from shoal.lab.card import Arm, Claim, System
-from shoal.lab.cell import Cell, Launcher, cell_of, setting_hints
+from shoal.lab.cell import Cell, Launcher, Progress, cell_of, setting_hints
 from shoal.lab.jobs import Outcome, Waiting, forget, in_processes, kept_at, run_group, stacked
 from shoal.lab.report import Report
 from shoal.lab.run import scenario_of
@@ -24,7 +24,10 @@ from shoal.lab.values import Unfit, Where, fit, near, refuse
 
 @dataclass(frozen=True)
 class Tick:
-    """Progress of an experiment. `part` is how many cells' worth of those in hand is done."""
+    """Progress of an experiment. `part` is how many cells' worth of those in hand is done.
+
+    reused: that was done before this call.
+    """
 
     done: int
     total: int
@@ -222,6 +225,18 @@ class Experiment:
         return Report.of(self, ordered, store)
 
 
+def _noting(tell: Callable[..., None], first: Cell, size: int) -> Progress:
+    """The progress of a group of cells."""
+    tell(first)
+
+    def progress(part: float, note: str) -> None:
+        text = note if size == 1 else f"and {size - 1} more seeds, {note}"
+        # The first word about a group that goes on from a checkpoint is what that spared.
+        tell(first, part * size, text, note.startswith("resumed"))
+
+    return progress
+
+
 def _here(
     waiting: list[Waiting],
     launcher: Launcher,
@@ -231,14 +246,9 @@ def _here(
     """Run groups of cells in this process, one after the other."""
     for group in stacked(waiting, launcher):
         first, size = group[0][0], len(group)
-        tell(first)
-
-        def progress(part: float, note: str, cell: Cell = first, size: int = size) -> None:
-            tell(cell, part * size, note if size == 1 else f"and {size - 1} more seeds, {note}")
-
         kept = kept_at(group, launcher, store)
         checkpoint = None if kept is None else seam.checkpoint(*kept)
-        results = run_group(group, launcher, progress, checkpoint)
+        results = run_group(group, launcher, _noting(tell, first, size), checkpoint)
         for (cell, key), result in zip(group, results, strict=True):
             if store is not None and key is not None and not isinstance(result, str):
                 store.put(key, cell, result)

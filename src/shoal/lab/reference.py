@@ -93,6 +93,7 @@ _CONTRACTS: tuple[tuple[str, str, tuple[tuple[str, tuple[str, ...]], ...]], ...]
         (
             ("engine/event/simulation.py", ("simulate", "EventSettings")),
             ("engine/lockstep/lockstep.py", ("run_lockstep", "LockstepSettings")),
+            ("engine/lockstep/checkpoint.py", ("Checkpoint",)),
             ("engine/live/launch.py", ("run_live",)),
             ("engine/live/settings.py", ("LiveSettings",)),
             ("engine/executor.py", ("Executor",)),
