@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 
 from shoal.base.errors import UsageError
 from shoal.lab import plot
+from shoal.lab.card import Arm, Plot, System
 from shoal.lab.experiment import Experiment
 from shoal.lab.export import export
 from shoal.lab.replay import replay
@@ -128,6 +130,26 @@ def test_the_page_is_whole_and_loads_nothing(report: Report, tmp_path: Path) -> 
     for suffix in (".json", ".md", ".csv"):
         assert path.with_suffix(suffix).stat().st_size > 0
     assert repr(Report.load(path)) == repr(report)
+
+
+def test_a_plot_draws_the_last_value_of_arms_over_their_number(report: Report) -> None:
+    wanted = Plot("Rates", "accuracy", "rate", {"both": ((0.3, "alpha"), (0.05, "slow"))})
+    drawn = replace(report, plots=(wanted,))
+    again = Report.from_json(drawn.to_json())
+    assert again.plots == (wanted,)
+    text = again.to_html()
+    assert "<figcaption>Rates</figcaption>" in text
+    assert plot.against(report, wanted) in text
+    assert ">both</text>" in text
+    assert "<figcaption>Rates</figcaption>" not in report.to_html()
+    # An arm whose runs all ended in an error has no point, and one point is no line.
+    lame = replace(report, cells=[cell for cell in report.cells if cell.arm != "slow"])
+    assert plot.against(lame, wanted) == ""
+    with pytest.raises(UsageError, match="two points"):
+        Plot("Rates", "accuracy", "rate", {"both": ((0.3, "alpha"),)})
+    wrong = Plot("Rates", "accuracy", "rate", {"both": ((0.3, "alpha"), (0.05, "slwo"))})
+    with pytest.raises(UsageError, match="draws arm 'slwo'; did you mean 'slow'"):
+        System("x", "strategy", "X", arms={"alpha": Arm(), "slow": Arm()}, plots=(wrong,))
 
 
 def test_hostile_names_do_not_become_markup(tmp_path: Path) -> None:

@@ -201,6 +201,31 @@ class Claim:
 
 
 @dataclass(frozen=True)
+class Plot:
+    """A picture for the report: a metric's last value against a number in which arms differ.
+
+    over: what the number is. lines: name -> (number, arm) of its points; an arm may be a point of
+    several lines (what is undisturbed is where all of them begin).
+
+    >>> sorted(Plot("Loss", "accuracy", "share", {"hubs": ((0.0, "calm"), (0.1, "few"))}).arms())
+    ['calm', 'few']
+    """
+
+    title: str
+    metric: str
+    over: str
+    lines: Mapping[str, tuple[tuple[float, str], ...]]
+
+    def __post_init__(self) -> None:
+        if not self.lines or any(len(points) < 2 for points in self.lines.values()):
+            raise UsageError(f"plot {self.title!r}: a line needs two points or more (add arms)")
+
+    def arms(self) -> set[str]:
+        """Every arm that is drawn."""
+        return {arm for points in self.lines.values() for _, arm in points}
+
+
+@dataclass(frozen=True)
 class Budget:
     """How much a reproduction may take: number of seeds, and changes to the scenario."""
 
@@ -234,6 +259,7 @@ class System:
     host: str = ""
     arms: Mapping[str, Arm] = field(default_factory=dict)
     claims: tuple[Claim, ...] = ()
+    plots: tuple[Plot, ...] = ()
     deviations: tuple[str, ...] = ()
     small: Budget = field(default_factory=lambda: Budget(seeds=2))
     full: Budget = field(default_factory=lambda: Budget(seeds=5))
@@ -253,6 +279,12 @@ class System:
         names = [claim.name for claim in self.claims]
         if len(set(names)) != len(names):
             raise UsageError(f"system {self.name}: two claims have one name (rename one)")
+        for plot in self.plots:
+            for arm in sorted(plot.arms() - set(self.all_arms())):
+                raise UsageError(
+                    f"system {self.name}: plot {plot.title!r} draws arm {arm!r}; "
+                    f"{near(arm, self.all_arms())}"
+                )
         for claim in self.claims:
             if claim.compare is None:
                 continue

@@ -12,7 +12,7 @@ from shoal.base.errors import UsageError
 from shoal.lab import discover
 from shoal.lab import launch as seam
 from shoal.lab.build import check
-from shoal.lab.card import Arm, Claim, System
+from shoal.lab.card import Arm, Claim, Plot, System
 from shoal.lab.cell import Cell, Launcher, Progress, cell_of, setting_hints
 from shoal.lab.jobs import Outcome, Waiting, forget, in_processes, kept_at, run_group, stacked
 from shoal.lab.report import Report
@@ -60,6 +60,7 @@ class Experiment:
     budget: str = "full"
     engine: str = "auto"
     claims: tuple[Claim, ...] = ()
+    plots: tuple[Plot, ...] = ()
     changes: Mapping[str, Any] = field(default_factory=dict)
     overrides: Mapping[str, Any] = field(default_factory=dict)
     grid: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
@@ -88,6 +89,7 @@ class Experiment:
             system=name,
             budget=budget,
             claims=card.claims,
+            plots=card.plots,
             changes=share.scenario,
             **settings,
         )

@@ -29,6 +29,7 @@ def page(report: Report, replay: str = "") -> str:
         _claims(report),
         _summary(report),
         _errors(report),
+        _plots(report),
         _progress(report),
         _peers(report),
         _network(report),
@@ -175,6 +176,13 @@ def _errors(report: Report) -> str:
     return _section(
         "Runs that ended in an error", _table(["arm", "seed", "error"], rows) if rows else ""
     )
+
+
+def _plots(report: Report) -> str:
+    """The pictures that the card asks for."""
+    figures = [_figure(plot.against(report, each), each.title) for each in report.plots]
+    note = "Points are medians over the seeds, bands reach from the lowest to the highest seed."
+    return _section("Arm against arm", *figures, note=note)
 
 
 def _progress(report: Report) -> str:

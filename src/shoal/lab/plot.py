@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from shoal.lab.card import Plot
     from shoal.lab.report import Report
 
 # Okabe and Ito 2008, ordered so that neighbours differ in lightness, too; yellow is left out since
@@ -153,6 +154,38 @@ def progress(report: Report, metric: str) -> str:
         axes[0].set_ylabel(label(metric))
 
     return svg(3.7 * len(data) + 0.4, 3.0, draw, f"{label(metric)} over time, bytes and rounds")
+
+
+def against(report: Report, wanted: Plot) -> str:
+    """A metric's last value over a number in which arms differ, a line per entry of the plot."""
+    chosen = looks(tuple(wanted.lines))
+    values: dict[str, dict[int, float]] = {}
+    for arm, seed, metric, value in report.rows():
+        if metric == wanted.metric and math.isfinite(value):
+            values.setdefault(arm, {})[seed] = value
+    data: dict[str, tuple[list[float], list[list[float]]]] = {}
+    for name, points in wanted.lines.items():
+        known = sorted((x, list(values[arm].values())) for x, arm in points if arm in values)
+        if len(known) > 1:
+            data[name] = ([x for x, _ in known], [each for _, each in known])
+    if not data:
+        return ""
+
+    def draw(figure: Figure) -> None:
+        panel = figure.subplots()
+        for name, (x, seeds) in data.items():
+            look = chosen[name]
+            panel.plot(
+                x, [median(each) for each in seeds], color=look.color, linestyle=look.dash,
+                marker="o", markersize=4, label=name, zorder=3,
+            )  # fmt: skip
+            low, high = [min(each) for each in seeds], [max(each) for each in seeds]
+            panel.fill_between(x, low, high, color=look.color, alpha=0.12, linewidth=0)
+        panel.set_xlabel(wanted.over)
+        panel.set_ylabel(label(wanted.metric))
+        panel.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+
+    return svg(7.6, 3.4, draw, wanted.title)
 
 
 def _line(panel: Axes, x: np.ndarray, y: np.ndarray, look: Look) -> None:

@@ -122,8 +122,8 @@ _CONTRACTS: tuple[tuple[str, str, tuple[tuple[str, tuple[str, ...]], ...]], ...]
             (
                 "lab/card.py",
                 (
-                    "System", "Source", "Arm", "Claim", "Budget", "Bound", "at_most", "at_least",
-                    "between", "Compare", "value", "difference", "ratio",
+                    "System", "Source", "Arm", "Claim", "Plot", "Budget", "Bound", "at_most",
+                    "at_least", "between", "Compare", "value", "difference", "ratio",
                 ),
             ),
             ("lab/judge.py", ("Verdict",)),

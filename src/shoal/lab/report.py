@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shoal.base.errors import UsageError
+from shoal.lab.card import Plot
 from shoal.lab.environment import fingerprint
 from shoal.lab.judge import Verdict, judge_all
 from shoal.lab.report_data import CellResult, Graph, condense, from_plain, graphs_of, to_plain
@@ -64,6 +65,7 @@ class Report:
     cells: list[CellResult]
     verdicts: tuple[Verdict, ...] = ()
     graphs: tuple[Graph, ...] = ()
+    plots: tuple[Plot, ...] = ()
     environment: dict[str, Any] = field(default_factory=dict)
     created: str = ""
     schema: int = SCHEMA
@@ -88,6 +90,7 @@ class Report:
             verdicts=judge_all(experiment.claims, rows, experiment.budget)
             if not (experiment.grid)
             else (),
+            plots=() if experiment.grid else experiment.plots,
             graphs=graphs_of([outcome.cell for outcome in outcomes]),
             environment=fingerprint(),
             created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),

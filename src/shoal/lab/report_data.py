@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from shoal.base.errors import ShoalError
 from shoal.lab.build import edges
+from shoal.lab.card import Plot
 from shoal.lab.judge import Verdict
 from shoal.lab.rows import TOTALS, curve, metrics, moments, spread, total
 from shoal.lab.scenario import Scenario
@@ -165,6 +166,7 @@ def from_plain(data: dict[str, Any]) -> dict[str, Any]:
     data["cells"] = [_cell(each) for each in data["cells"]]
     data["verdicts"] = tuple(_verdict(each) for each in data["verdicts"])
     data["graphs"] = tuple(_graph(each) for each in data["graphs"])
+    data["plots"] = tuple(_plot(each) for each in data.get("plots", ()))
     return data
 
 
@@ -183,6 +185,11 @@ def _verdict(plain: dict[str, Any]) -> Verdict:
     plain["interval"] = Interval(**interval) if interval is not None else None
     plain["values"] = tuple((seed, value) for seed, value in plain["values"])
     return Verdict(**plain)
+
+
+def _plot(plain: dict[str, Any]) -> Plot:
+    lines = {name: tuple((x, arm) for x, arm in points) for name, points in plain["lines"].items()}
+    return Plot(**{**plain, "lines": lines})
 
 
 def _graph(plain: dict[str, Any]) -> Graph:
