@@ -30,7 +30,14 @@ from shoal.lab.run import scenario_of
 from shoal.lab.scenario import Part, Scenario
 from shoal.parts import find, names
 from shoal.tensor import keyed
-from shoal.testing.ladder import check_live, check_program, check_strategy
+from shoal.testing.ladder import (
+    check_live,
+    check_program,
+    check_strategy,
+    difference,
+    tolerance,
+)
+from shoal.testing.pretend_device import PretendDevice
 from shoal.world.record import Run
 
 NAMES = discover.names()
@@ -163,6 +170,23 @@ def test_runs_on_its_engines_and_repeats(name: str, engine: str) -> None:
         assert first.series("accuracy")
         initial = build(cell.scenario).task.init(keyed.key_of(cell.seed, "init"))
         assert any(not torch.equal(params, initial) for params in first.final.values())
+
+
+@pytest.mark.parametrize(("name", "engine"), [r for r in RUNS if kind_of(r[0]) != "study"])
+def test_gives_the_same_on_a_device(name: str, engine: str) -> None:
+    """A GPU is used wherever there is one; here a device that is none stands in for it."""
+    cell = replace(smallest(name, tiny(name)), engine=engine)
+    here = execute(cell, launch)
+    with PretendDevice() as device:
+        world = cell.scenario.with_settings({"engine.device": device.name})
+        there = execute(replace(cell, scenario=world), launch)
+    assert here.trace_digest == there.trace_digest
+    assert (here.bytes_sent, here.messages_delivered) == (
+        there.bytes_sent,
+        there.messages_delivered,
+    )
+    assert all(params.is_cpu for params in there.final.values())
+    assert difference(here, there) <= tolerance(here)
 
 
 # The agreement ladder.

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeVar
 
 from shoal.rounds.aggregator import Aggregator
 from shoal.rounds.task import Task
 from shoal.rounds.transform import Transform
-from shoal.tensor import keyed
+from shoal.tensor import keyed, tree
 from shoal.tensor.types import Vector
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,3 +36,7 @@ class Workload:
     def initial(self) -> Vector:
         """The common initial parameters [dim]."""
         return self.task.init(keyed.key_of(self.seed, "init"))
+
+    def there(self, value: T) -> T:
+        """A tree of tensors where the models are: a peer's keys and its mail are made elsewhere."""
+        return tree.there(value, self.initial.device)

@@ -182,6 +182,16 @@ def map_tree(function: Callable[[Tensor], Tensor], tree: Tree) -> Tree:
     return unflatten(structure, [function(leaf) for leaf in leaves])
 
 
+def there(tree: Tree, device: torch.device) -> Tree:
+    """A tree of the processor's tensors on a device, without waiting for the copies.
+
+    Nothing happens where that is the processor itself.
+    """
+    if device.type == "cpu":
+        return tree
+    return map_tree(lambda leaf: leaf.to(device, non_blocking=True), tree)
+
+
 def merge_trees(function: Callable[[list[Tensor]], Tensor], trees: Sequence[Tree]) -> Tree:
     """Equal trees as one: `function` gets the tensors of one place, in the order of the trees."""
     flat = [flatten(tree) for tree in trees]

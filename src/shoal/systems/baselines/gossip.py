@@ -117,10 +117,10 @@ class Gossip:
             if heard is None:
                 break
             other = own.decode(heard.message.payload)
-            other_age = torch.tensor(heard.message.age, dtype=torch.float64, device=other.device)
+            other_age = torch.tensor(heard.message.age, dtype=torch.float64)
             own.params, own.age = await peer.compute(
-                update, own.params, own.age, other, other_age, own.shard,
-                peer.key("merge", merges), static=own.static, cost=own.cost,
+                update, own.params, own.age, other, own.workload.there(other_age), own.shard,
+                own.workload.there(peer.key("merge", merges)), static=own.static, cost=own.cost,
             )  # fmt: skip
             merges += 1
             await peer.store.commit({"params": own.params, "age": own.age})
@@ -135,11 +135,11 @@ class _Own:
         self.workload = workload
         self.shard = task.shard(peer.id)
         stored = peer.store.get("params")
-        self.params = workload.initial if stored is None else stored
+        self.params = workload.initial if stored is None else workload.there(stored)
         age = peer.store.get("age")
         self.age = torch.zeros((), dtype=torch.float64, device=self.params.device)
         if age is not None:
-            self.age = age
+            self.age = workload.there(age)
         self.static: tuple[Any, ...] = (task, SGD(gossip.lr), gossip.steps, gossip.batch_size)
         self.codec = workload.transform.init(self.params)
         self.cost = _cost(gossip, workload)
@@ -156,14 +156,14 @@ class _Own:
 
     def encode(self, peer: Peer, period: int) -> Any:
         payload, self.codec = self.workload.transform.encode(
-            self.params, self.codec, peer.key("encode", period)
+            self.params, self.codec, self.workload.there(peer.key("encode", period))
         )
         return payload
 
     def decode(self, packed: Packed) -> Vector:
         transform, content = self.workload.transform, packed.content
         if isinstance(content, bytes | bytearray | memoryview):
-            content = transform.unpack(content)
+            content = self.workload.there(transform.unpack(content))
         return transform.decode(content)  # type: ignore[arg-type]
 
 
@@ -175,8 +175,9 @@ def _cost(gossip: Gossip, workload: Workload) -> Cost:
     cost = _costs.get(workload)
     if cost is None:
         _costs.clear()
-        age = torch.ones((), dtype=torch.float64, device="cpu")
-        params, key = workload.initial, keyed.key_of(workload.seed, "cost")
+        params = workload.initial
+        age = torch.ones((), dtype=torch.float64, device=params.device)
+        key = keyed.key_of(workload.seed, "cost", device=params.device)
         static = (workload.task, SGD(gossip.lr), gossip.steps, gossip.batch_size)
         shard = workload.task.shard(0)
         cost = Cost(flops=count_flops(update, params, age, params, age, shard, key, *static))

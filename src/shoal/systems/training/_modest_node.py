@@ -182,7 +182,7 @@ class Node:
         self.trained, self.averaged = progress.trained, progress.averaged
         stored = self.peer.store.get("model")
         if stored is not None:
-            self.model = stored
+            self.model = self.workload.there(stored)
         return False
 
     async def _commit(self, **more: Any) -> None:
@@ -213,7 +213,7 @@ class Node:
             if 0 <= told.gathered_s < math.inf and not told.again:
                 self._gathered(told.gathered_s)
                 self.known.answered(told.answered_s)
-            self._accept(told.round, told.params, told.again)
+            self._accept(told.round, self.workload.there(told.params), told.again)
 
     def _fits(self, params: Tensor) -> bool:
         like = self.bound.initial
@@ -241,11 +241,11 @@ class Node:
         peer, workload, settings = self.peer, self.workload, self.settings
         await self._commit(model=params)
         trained = await peer.compute(
-            train, params, self.shard, peer.key("round", round),
+            train, params, self.shard, workload.there(peer.key("round", round)),
             static=(workload.task, *settings.training), cost=self.bound.cost,
         )  # fmt: skip
         payload, self.codec = workload.transform.encode(
-            trained, self.codec, peer.key("encode", round)
+            trained, self.codec, workload.there(peer.key("encode", round))
         )
         self.result = (round + 1, payload, workload.transform.decode(payload))
         self.tried.clear()
@@ -298,7 +298,7 @@ class Node:
         transform, content = self.workload.transform, envelope.message.payload.content
         try:
             if isinstance(content, bytes | bytearray | memoryview):
-                content = transform.unpack(content)
+                content = self.workload.there(transform.unpack(content))
             vector = transform.decode(content)  # type: ignore[arg-type]
         except WireError:
             return None

@@ -129,7 +129,8 @@ class MoDeST:
             )
         few = min(2, size) if self.aggregators is None else self.aggregators
         settings = replace(self, sample_size=size, aggregators=few, founders=members)
-        initial, key = workload.initial, keyed.key_of(workload.seed, "cost")
+        initial = workload.initial
+        key = keyed.key_of(workload.seed, "cost", device=initial.device)
         shard = workload.task.shard(0)
         flops = count_flops(train, initial, shard, key, workload.task, *self.training)
         return Bound(settings, workload, size, few, members, initial, Cost(flops=flops))
