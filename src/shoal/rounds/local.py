@@ -29,12 +29,12 @@ class Optimizer(Protocol):
     """A rule from gradients to parameters. Frozen settings; the state is a tree, given back.
 
     Leading axes `[...]` are independent. With `donate` the caller gives up `params`, `grad` and
-    `state`, which may then be overwritten and returned. `inert` says that a zero gradient changes
-    neither parameters nor state.
+    `state`, which may then be overwritten and returned. `plain_lr` is the learning rate of a step
+    that is `params - plain_lr * scale * grad` and nothing else, and None for all others.
     """
 
     @property
-    def inert(self) -> bool: ...
+    def plain_lr(self) -> float | None: ...
 
     def init(self, params: Vector) -> Any:
         """State for parameters [..., dim]."""
@@ -120,16 +120,22 @@ def _descend(
     context: Any,
 ) -> tuple[Vector, Any]:
     task, optimizer, correct, gradient, steps, epochs, batch_size = plan
+    plain = optimizer.plain_lr
+    fused = gradient is None and correct is None and not isinstance(scale, Tensor)
     if gradient is None:
         gradient = _plain
     # The caller's tensors stay whole: the first step makes new ones, which later steps overwrite.
     own = False
     for batch in _batches(task, shard, key, steps, epochs, batch_size):
+        if fused and plain is not None:
+            params, own = task.descended(params, batch, plain * float(scale), donate=own), True
+            continue
         grad = gradient(task, params, batch)
         if correct is not None:
             grad = correct(params, grad, context)
         here = batch.mask.any(-1)
-        if (optimizer.inert and correct is None) or bool(here.all()):
+        # A plain step along a gradient of zero stays where it is.
+        if (plain is not None and correct is None) or (here.is_cpu and bool(here.all())):
             params, state = optimizer.step(params, grad, state, scale, donate=own)
             own = True
         else:

@@ -81,6 +81,15 @@ class Task(Protocol):
 
     def grad(self, params: Vector, batch: Batch) -> Vector: ...
 
+    def descended(
+        self, params: Vector, batch: Batch, rate: float, *, donate: bool = False
+    ) -> Vector:
+        """`params - rate * grad(params, batch)`; with `donate` it may overwrite `params`.
+
+        One call, as a task can often make the step where it makes the gradient.
+        """
+        ...
+
     def clipped_grad_sum(self, params: Vector, batch: Batch, clip: float) -> Vector:
         """Sum over samples of per-sample gradients, each scaled to norm at most `clip`."""
         ...

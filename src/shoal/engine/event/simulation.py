@@ -34,6 +34,7 @@ from shoal.kernel.peer import Batching, Cost, Program
 from shoal.kernel.runtime import Runtime
 from shoal.kernel.tasks import drain
 from shoal.kernel.waits import Ready, Wait
+from shoal.tensor.memory import kept_memory
 from shoal.tensor.threads import one_thread
 from shoal.world.clock import Clock
 from shoal.world.faults import Skew
@@ -92,7 +93,7 @@ def simulate(
     `progress(virtual_s, events)` is called every few thousand events. Errors that a program does
     not handle end the run and are raised here with the peer and the virtual time as a note.
     """
-    with one_thread(), _old_objects_apart():
+    with one_thread(), kept_memory(), _old_objects_apart():
         return Simulation(
             programs, network, seed=seed, settings=settings or EventSettings(), observer=observer,
             executor=executor or Local(), limits=limits,
@@ -257,7 +258,7 @@ class Simulation:
         if self._observer is not None:
             result.rows.extend(self._observer.rows())
         result.rows.extend(self._traffic.rows())
-        result.final = dict(sorted(self._params.items()))
+        result.final = {peer: params.cpu() for peer, params in sorted(self._params.items())}
         result.state_digest = digest_of(result.final)
         result.wall_s, result.cpu_s = watch.wall_s, watch.cpu_s
         return result

@@ -194,23 +194,23 @@ class Norm:
         rows, width = dy.shape[0], unit.shape[-1]
         g = dy.view(rows, self.entries, -1, width)
         scaled = g * unit.view(rows, self.entries, -1, width)
+        if dx is not None:
+            h = g
+            if self.weight:
+                h = g * run.params[self.weight].reshape(rows, self.entries, 1, 1)
+            h = h.reshape(rows, self.groups, -1, width)
+            tilt = (h * unit).mean(2, keepdim=True)
+            centred = (h - h.mean(2, keepdim=True) - unit * tilt) * inverse
+            dx.copy_(centred.view(dx.shape))
         for name, value in ((self.weight, scaled), (self.bias, g)):
             if not name:
                 continue
-            if run.grads is not None:
-                run.grads[name].copy_(value.sum((2, 3)).view(run.grads[name].shape))
+            if run.results is not None:
+                run.give(name, value.sum((2, 3)))
             if run.squares is not None:
                 # A sequence's positions belong to one sample: they add up before the square.
                 each = value.reshape(rows, self.entries, -1, dy.shape[-1])
                 run.squares += each.sum(2).square().sum(1)
-        if dx is None:
-            return
-        if self.weight:
-            g = g * run.params[self.weight].reshape(rows, self.entries, 1, 1)
-        g = g.reshape(rows, self.groups, -1, width)
-        tilt = (g * unit).mean(2, keepdim=True)
-        centred = (g - g.mean(2, keepdim=True) - unit * tilt) * inverse
-        dx.copy_(centred.view(dx.shape))
 
 
 @dataclass(frozen=True)
@@ -237,12 +237,12 @@ class Embedding:
         def backward(run: Pass) -> None:
             assert dy is not None
             entries = run.params[self.weight].shape[1]
-            if run.grads is not None:
+            if run.results is not None:
                 index = (tokens + base * entries).view(-1)
                 flat = dy.view(rows, self.features, -1).transpose(1, 2)
                 table = flat.new_zeros((rows * entries, self.features))
                 table.index_add_(0, index, flat.reshape(-1, self.features))
-                run.grads[self.weight].copy_(table.view(rows, entries, self.features))
+                run.give(self.weight, table.view(rows, entries, self.features))
             if run.squares is not None:
                 self._measure(run.squares, x.data, dy)
 

@@ -74,22 +74,17 @@ class Linear:
         dx = None if x.grad is None else joined(x.grad)
         shape = (program.rows, self.features, x.data.shape[1])
         # A product straight into rows that lie apart is far slower than a product and a copy.
-        buffer = program.shared("weight", shape) if program.rows > 1 else None
+        buffer = program.shared("weight", shape)
 
         def backward(run: Pass) -> None:
-            weight = run.params[self.weight]
-            if run.grads is not None:
-                target = run.grads[self.weight]
-                if buffer is None:
-                    torch.bmm(dy, turned, out=target)
-                else:
-                    target.copy_(torch.bmm(dy, turned, out=buffer))
+            if dx is not None:
+                torch.bmm(run.params[self.weight].transpose(1, 2), dy, out=dx)
+            if run.results is not None:
+                run.give(self.weight, torch.bmm(dy, turned, out=buffer))
                 if self.bias:
-                    torch.sum(dy, -1, out=run.grads[self.bias])
+                    run.give(self.bias, dy.sum(-1))
             if run.squares is not None:
                 self._measure(run.squares, x.data, value.grad)
-            if dx is not None:
-                torch.bmm(weight.transpose(1, 2), dy, out=dx)
 
         return backward
 
@@ -163,10 +158,10 @@ class Convolution:
             matrix.zero_()
             for group in groups:
                 group.backward(matrix, turned, each)
-            if run.grads is not None:
-                run.grads[self.weight].copy_(matrix.view(weight.shape))
+            if run.results is not None:
+                run.give(self.weight, matrix)
                 if self.bias:
-                    torch.sum(joined(dy), -1, out=run.grads[self.bias])
+                    run.give(self.bias, joined(dy).sum(-1))
             if run.squares is not None and each is not None:
                 run.squares += each.square().sum((1, 2)).view(run.squares.shape)
                 if self.bias:

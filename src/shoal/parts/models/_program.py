@@ -28,15 +28,28 @@ TILE_BYTES = 1 << 20
 
 @dataclass
 class Pass:
-    """What one pass works on. Parameters and their gradients are views `[rows, *shape]`.
+    """What one pass works on. Parameters and what becomes of them are views `[rows, *shape]`.
 
-    Gradients are written unless `grads` is None; each sample's squared gradient norm is added to
-    `squares` [rows, batch] unless that is None.
+    Unless `results` is None it takes the gradients or, with a `rate`, the parameters after a step
+    against them; it may then be the parameters themselves. Each sample's squared gradient norm is
+    added to `squares` [rows, batch] unless that is None.
     """
 
     params: Views
-    grads: Views | None = None
+    results: Views | None = None
     squares: Tensor | None = None
+    rate: float | None = None
+
+    def give(self, name: str, gradient: Tensor) -> None:
+        """Take in a parameter's gradient [rows, *]. The parameter may be another one after it."""
+        if self.results is None:
+            return
+        target = self.results[name]
+        gradient = gradient.view(target.shape)
+        if self.rate is None:
+            target.copy_(gradient)
+        else:
+            torch.add(self.params[name], gradient, alpha=-self.rate, out=target)
 
 
 Action = Callable[[Pass], None]

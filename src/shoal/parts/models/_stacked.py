@@ -48,14 +48,33 @@ class Stacked:
     def gradient(self, params: Tensor, x: Tensor, output_gradient: OutputGradient) -> Tensor:
         """Gradients [rows, dim] of samples x [rows, batch, *]."""
         result = torch.empty_like(params, memory_format=torch.contiguous_format)
+        self._backward(params, x, output_gradient, result, None)
+        return result
+
+    def descended(
+        self, params: Tensor, x: Tensor, output_gradient: OutputGradient, rate: float, donate: bool
+    ) -> Tensor:
+        """params - rate * gradient: [rows, dim], in the place of `params` when it is donated.
+
+        A gradient of its own would be written to main memory and read again.
+        """
+        result = (
+            params if donate else torch.empty_like(params, memory_format=torch.contiguous_format)
+        )
+        self._backward(params, x, output_gradient, result, rate)
+        return result
+
+    def _backward(
+        self, params: Tensor, x: Tensor, output_gradient: OutputGradient, result: Tensor,
+        rate: float | None,
+    ) -> None:  # fmt: skip
         for rows in self._chunks(params, x):
             bound = self._bound(params, x, rows.stop - rows.start, training=True)
             bound.enter(x[rows])
-            run = Pass(self._views(params[rows]), self._views(result[rows]))
+            run = Pass(self._views(params[rows]), self._views(result[rows]), rate=rate)
             bound.run_forward(run)
             bound.start_backward(output_gradient(bound.output, rows))
             bound.run_backward(run)
-        return result
 
     def clipped(
         self, params: Tensor, x: Tensor, output_gradient: OutputGradient, clip: float

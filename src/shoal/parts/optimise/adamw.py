@@ -43,7 +43,7 @@ class AdamW:
     decay: tuple[str | float, ...] = ("constant",)
     """settings of `base.Decay`: kind, steps, rate, warmup"""
 
-    inert: ClassVar[bool] = False
+    plain_lr: ClassVar[None] = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "decay", tuple(self.decay))

@@ -58,8 +58,9 @@ class SGD:
         return Decay.of(self.decay)
 
     @property
-    def inert(self) -> bool:
-        return self.momentum == 0 and self.weight_decay == 0 and self.schedule.constant
+    def plain_lr(self) -> float | None:
+        plain = self.momentum == 0 and self.weight_decay == 0 and self.schedule.constant
+        return self.lr if plain else None
 
     def init(self, params: Vector) -> SGDState:
         counted = not self.schedule.constant or (self.momentum > 0 and self.dampening > 0)

@@ -28,7 +28,7 @@ class _Gradient:
 
     weight_decay: float
 
-    inert: ClassVar[bool] = False
+    plain_lr: ClassVar[None] = None
 
     def init(self, params: Vector) -> Vector:
         return torch.zeros_like(params)

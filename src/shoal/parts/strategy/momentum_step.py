@@ -30,7 +30,7 @@ class _Polyak:
     beta: float
     weight_decay: float
 
-    inert: ClassVar[bool] = False
+    plain_lr: ClassVar[None] = None
 
     def init(self, params: Vector) -> Vector:
         return torch.zeros_like(params)

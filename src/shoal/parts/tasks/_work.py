@@ -33,6 +33,11 @@ class Work(Protocol):
         self, params: Tensor, x: Tensor, y: Tensor, weight: Tensor, loss: Loss
     ) -> Tensor: ...
 
+    def descended(
+        self, params: Tensor, x: Tensor, y: Tensor, weight: Tensor, loss: Loss, rate: float,
+        donate: bool,
+    ) -> Tensor: ...  # fmt: skip
+
     def clipped(
         self, params: Tensor, x: Tensor, y: Tensor, weight: Tensor, loss: Loss, clip: float
     ) -> Tensor: ...
@@ -49,6 +54,12 @@ class StackedWork:
 
     def gradient(self, params: Tensor, x: Tensor, y: Tensor, weight: Tensor, loss: Loss) -> Tensor:
         return self.model.gradient(params, x, _of_output(y, weight, loss))
+
+    def descended(
+        self, params: Tensor, x: Tensor, y: Tensor, weight: Tensor, loss: Loss, rate: float,
+        donate: bool,
+    ) -> Tensor:  # fmt: skip
+        return self.model.descended(params, x, _of_output(y, weight, loss), rate, donate)
 
     def clipped(
         self, params: Tensor, x: Tensor, y: Tensor, weight: Tensor, loss: Loss, clip: float
@@ -116,6 +127,13 @@ class ModuleWork:
 
         size = self._rows(params, x.shape[1])
         return vmap(grad(total), chunk_size=size, randomness="error")(params, x, y, weight)
+
+    def descended(
+        self, params: Tensor, x: Tensor, y: Tensor, weight: Tensor, loss: Loss, rate: float,
+        donate: bool,
+    ) -> Tensor:  # fmt: skip
+        found = self.gradient(params, x, y, weight, loss)
+        return params.sub_(found, alpha=rate) if donate else torch.sub(params, found, alpha=rate)
 
     def _one(self, params: Tensor, x: Tensor, y: Tensor, weight: Tensor, loss: Loss) -> Tensor:
         if self.channels_last and x.dim() == 4:

@@ -209,6 +209,18 @@ class ModuleTask:
             found = self.work.gradient(params, x, y, weight, self.loss_rule)
         return found.view(*lead, self.spec.dim)
 
+    def descended(
+        self, params: Vector, batch: Batch, rate: float, *, donate: bool = False
+    ) -> Vector:
+        own = params
+        lead, params, x, y, mask = self._rows(params, batch)
+        # What is broadcast, or was copied to be flat, is not the caller's to give away.
+        donate = donate and params.data_ptr() == own.data_ptr() and params.is_contiguous()
+        weight = mask.to(params.dtype) / mask.sum(-1, keepdim=True).clamp_min(1)
+        with torch.no_grad():
+            found = self.work.descended(params, x, y, weight, self.loss_rule, rate, donate)
+        return found.view(*lead, self.spec.dim)
+
     def clipped_grad_sum(self, params: Vector, batch: Batch, clip: float) -> Vector:
         if not clip > 0:
             raise UsageError(f"clipped_grad_sum: clip={clip}; need a norm above 0")
@@ -268,8 +280,9 @@ class ModuleTask:
         mask = batch.mask.expand(*lead, size).reshape(-1, size)
         x = _join(batch.x, batch.mask, lead)
         y = _join(batch.y, batch.mask, lead)
-        if not bool(mask.all()):
-            # A masked sample's numbers are arbitrary: not even a NaN of it may enter a product.
+        if not (mask.is_cpu and bool(mask.all())):
+            # On a device a look would cost a wait in every step, and a copy costs less. A masked
+            # sample's numbers are arbitrary: not even a NaN of it may enter a product.
             x = x.masked_fill(~mask.view(*mask.shape, *(1,) * (x.dim() - 2)), 0)
             y = y.masked_fill(~mask.view(*mask.shape, *(1,) * (y.dim() - 2)), 0)
         x = x.to(params.dtype) if x.is_floating_point() else x
