@@ -22,6 +22,7 @@ from shoal.tensor.types import Vector
 from shoal.wire.message import Packed, message
 
 T = TypeVar("T")
+_BYTES = (bytes, bytearray, memoryview)
 
 
 @message(tag=("round", "hop"))
@@ -213,15 +214,18 @@ class Rounds:
             deadline=method.deadline(round, hop, hops),
         )  # fmt: skip
         slots = [got.get(source) for source in wave.sources[peer.id]]
-        payloads = tuple(own.payload if u is None else own.there(self._open(u)) for u in slots)
-        mask = own.there(torch.tensor([True, *(u is not None for u in slots)], device="cpu"))
+        payloads = tuple([own.payload if u is None else own.there(self._open(u)) for u in slots])
+        heard = [True, *[u is not None for u in slots]]
+        # One mask for all who heard everybody: a batch need not stack it.
+        mask = wave.everyone if all(heard) else torch.tensor(heard, device="cpu")
+        mask = own.there(mask)
         mixing = None if wave.mixing is None else own.there(wave.mixing[wave.row[peer.id]])
-        weights = [own.weight, *(None if u is None else u.weight for u in slots)]
+        weights = [own.weight, *[None if u is None else u.weight for u in slots]]
         taught = None
         if any(w is not None for w in weights):
             numbers = [0.0 if w is None else float(w) for w in weights]
             taught = own.there(torch.tensor(numbers, dtype=torch.float64, device="cpu"))
-        extras = [own.extra, *({} if u is None else own.there(u.extra) for u in slots)]
+        extras = [own.extra, *[{} if u is None else own.there(u.extra) for u in slots]]
         like = next((extra for extra in extras if extra), None)
         if like is None:
             return payloads, mask, mixing, taught, ()
@@ -230,7 +234,7 @@ class Rounds:
 
     def _open(self, update: Update) -> Payload:
         content = update.payload.content
-        if isinstance(content, bytes | bytearray | memoryview):
+        if isinstance(content, _BYTES):
             return self.method.transform.unpack(content)
         return content  # type: ignore[return-value]
 

@@ -46,6 +46,8 @@ class Wave:
     """to whom each peer sends, ascending"""
     mixing: Tensor | None
     """[receivers, k + 1], own weight first; None when the hop has no weights"""
+    everyone: Mask
+    """bool [k + 1], all set: the mask of whoever heard from every slot"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,9 +198,10 @@ def _wave(hop: Hop, active: Mask, hub: int | None) -> Wave:
     mixing = None
     if hop.weights is not None and hop.own is not None:
         mixing = torch.cat((hop.own.unsqueeze(-1), hop.weights), -1)
+    everyone = torch.ones(hop.sources.shape[-1] + 1, dtype=torch.bool, device="cpu")
     return Wave(
         hop, {receiver: place for place, receiver in enumerate(receivers)}, tuple(sources),
-        tuple(expected), tuple(tuple(t) for t in targets), mixing,
+        tuple(expected), tuple(tuple(t) for t in targets), mixing, everyone,
     )  # fmt: skip
 
 
