@@ -29,7 +29,6 @@ def _automatic() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-@lru_cache(maxsize=16)
 def _usable(device: str) -> str:
     import torch
 
