@@ -18,7 +18,7 @@ import torch
 from shoal.engine.executor import Local
 from shoal.engine.lockstep import Checkpoint, LockstepSettings, checkpoint, run_lockstep
 from shoal.engine.lockstep.lockstep import Lockstep
-from shoal.parts import find
+from shoal.parts import find, names
 from shoal.rounds.measure import Measure
 from shoal.rounds.method import Method
 from shoal.world.device import Device
@@ -60,6 +60,12 @@ def feedback():
 
 def alie():
     return find("attack", "alie")()
+
+
+def example(role: str, name: str) -> Callable[[], Any]:
+    """A part with the first of its example settings."""
+    cls = find(role, name)
+    return lambda: cls(**cls.examples[0])
 
 
 @dataclass(frozen=True)
@@ -121,6 +127,11 @@ def execute(
     )
 
 
+@cache
+def undisturbed(name: str, seeds: int) -> list[Run]:
+    return execute(CASES[name], seeds)
+
+
 def begun() -> Lockstep:
     """An engine that has run nothing."""
     task = data(0)
@@ -162,11 +173,12 @@ def keep(folder: Path, key: str = "key") -> Checkpoint:
     return Checkpoint(folder / "checkpoints" / "run.pt", key, every_s=0.0)
 
 
-@pytest.mark.parametrize("seeds", [1, 3])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("name", "seeds"), [*((name, 3) for name in CASES), ("star", 1), ("calm star", 1)]
+)
 def test_every_round_is_one_to_go_on_from(name: str, seeds: int, tmp_path: Path) -> None:
     case, kept = CASES[name], keep(tmp_path)
-    expected = execute(case, seeds)
+    expected = undisturbed(name, seeds)
     assert not case.faults or sum(run.dropped.get("dead", 0) for run in expected)
 
     def after(done: int) -> None:
@@ -182,6 +194,27 @@ def test_every_round_is_one_to_go_on_from(name: str, seeds: int, tmp_path: Path)
         assert (again.resumed, told[0]) == (round, round)
 
 
+PARTS = {
+    **{f"strategy {name}": Case(gossip, strategy=name) for name in names("strategy")},
+    **{f"transform {name}": Case(gossip, transform=example("transform", name))
+       for name in names("transform")},
+    **{f"attack {name}": Case(gossip, rule="trimmed_mean", attack=example("attack", name))
+       for name in names("attack")},
+    "exchange first_come": Case(lambda: find("exchange", "first_come")(PEERS, byzantine=2)),
+    "exchange isolated": Case(lambda: find("exchange", "isolated")(PEERS)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_every_part_keeps_all_that_it_remembers_in_its_state(name: str, tmp_path: Path) -> None:
+    kept = keep(tmp_path)
+    with pytest.raises(Killed):
+        execute(PARTS[name], 2, kept, die_after(ROUNDS // 2))
+    again = keep(tmp_path)
+    assert_same(execute(PARTS[name], 2, again), execute(PARTS[name], 2))
+    assert again.resumed == ROUNDS // 2
+
+
 @pytest.mark.parametrize("name", ["two hops, error feedback", "star"])
 def test_killed_again_and_again(name: str, tmp_path: Path) -> None:
     for round in range(1, ROUNDS):
@@ -191,7 +224,7 @@ def test_killed_again_and_again(name: str, tmp_path: Path) -> None:
             execute(CASES[name], 2, kept, die_after(round))
         assert kept.resumed == max(0, round - 1)
     kept = keep(tmp_path)
-    assert_same(execute(CASES[name], 2, kept), execute(CASES[name], 2))
+    assert_same(execute(CASES[name], 2, kept), undisturbed(name, 2))
     assert kept.resumed == ROUNDS - 1
     assert list(kept.path.parent.iterdir()) == [kept.path]
 
@@ -285,7 +318,7 @@ def test_a_file_that_cannot_be_used_costs_a_line(
         execute(CASES["star"], 2, kept, die_after(4))
     damaged(kept.path, how)
     again = keep(tmp_path)
-    assert_same(execute(CASES["star"], 2, again), execute(CASES["star"], 2))
+    assert_same(execute(CASES["star"], 2, again), undisturbed("star", 2))
     assert again.resumed == 0
     assert not Bomb.went_off
     (record,) = caplog.records
@@ -318,7 +351,7 @@ def test_a_full_disk_costs_a_line(
 
     monkeypatch.setattr(torch, "save", full)
     kept = keep(tmp_path)
-    assert_same(execute(CASES["gossip"], 1, kept), execute(CASES["gossip"], 1))
+    assert_same(execute(CASES["gossip"], 1, kept), undisturbed("gossip", 1))
     (record,) = caplog.records
     assert "No space left on device; the run goes on without checkpoints" in record.getMessage()
     assert list(kept.path.parent.iterdir()) == []
@@ -331,7 +364,7 @@ def test_a_kill_while_saving_leaves_the_checkpoint_before(tmp_path: Path) -> Non
     part = kept.path.with_suffix(".123.part")
     part.write_bytes(b"half of it")
     again = keep(tmp_path)
-    assert_same(execute(CASES["gossip"], 1, again), execute(CASES["gossip"], 1))
+    assert_same(execute(CASES["gossip"], 1, again), undisturbed("gossip", 1))
     assert again.resumed == 4
     assert not part.exists()
 
