@@ -214,7 +214,8 @@ class Batcher:
             columns = [*zip(*[call.leaves for call in calls], strict=True)]
         for call in calls:
             call.ran = True
-        group.calls = [call for call in waiting if not call.ran]
+        # Those that were cancelled stay until they are due, which is when they leave.
+        group.calls = [call for call in group.calls if not call.ran]
         if not group.calls:
             self._open.pop(group.key, None)
         return calls, columns, alike
