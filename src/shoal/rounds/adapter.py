@@ -65,7 +65,7 @@ class Rounds:
         own = _Own(method, peer)
         try:
             for round in range(own.first_round, method.rounds):
-                if not bool(method.active(round)[peer.id]) and peer.id != method.exchange.hub:
+                if not method.working(round)[peer.id] and peer.id != method.exchange.hub:
                     continue
                 if method.exchange.hub is None:
                     peer.enter_round(round)
@@ -107,7 +107,7 @@ class Rounds:
     async def _lead(self, peer: Peer, own: _Own, round: int) -> None:
         """The hub's round: parameters down, updates up, apply."""
         method = self.method
-        on = method.active(round).tolist()
+        on = method.working(round)
         wave = method.waves(round)[0]
         model = Model(round, own.hub_params)
         for client in range(method.peers):

@@ -75,6 +75,7 @@ class Method:
     worlds: int = 1
     _waves: dict[int, tuple[Wave, ...]] = field(default_factory=dict, repr=False)
     _active: dict[int, Tensor] = field(default_factory=dict, repr=False)
+    _working: dict[int, list[bool]] = field(default_factory=dict, repr=False)
     _keys: dict[int, tuple[Key, ...]] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
@@ -129,6 +130,14 @@ class Method:
             self._active.pop(round - 8, None)
         return found
 
+    def working(self, round: int) -> list[bool]:
+        """`active` as a list, for engines that go peer by peer; not to be written into."""
+        found = self._working.get(round)
+        if found is None:
+            found = self._working[round] = self.active(round).tolist()
+            self._working.pop(round - 8, None)
+        return found
+
     def keys(self, round: int) -> tuple[Key, ...]:
         """Each peer's key of a round, what `peer.key("round", round)` gives in a run of this seed.
 
@@ -157,7 +166,8 @@ class Method:
             ):
                 found = last
             else:
-                found = tuple(_wave(hop, active, self.exchange.hub) for hop in hops)
+                on = self.working(round)
+                found = tuple(_wave(hop, on, self.exchange.hub) for hop in hops)
             self._waves[round] = found
             self._waves.pop(round - 8, None)
         return found
@@ -174,8 +184,7 @@ class Method:
         return Cost(flops=2.0 * (sources + 1) * self.task.spec.dim)
 
 
-def _wave(hop: Hop, active: Mask, hub: int | None) -> Wave:
-    on = active.tolist()
+def _wave(hop: Hop, on: list[bool], hub: int | None) -> Wave:
     peers = len(on)
     receivers = list(range(peers)) if hop.receivers is None else hop.receivers.tolist()
     sources: list[tuple[int, ...]] = [()] * peers

@@ -119,10 +119,12 @@ class Batcher:
         call = _Call(wait, peer, args)
         shared = self._lazy and batch != "never"
         # 1 == True == 1.0, but a function may tell them apart.
-        kinds = tuple([type(constant) for constant in static])
+        kinds = tuple(map(type, static))
         key = (function, static, kinds, batch) if shared else call
         try:
-            hash((function, static))
+            group = self._open.get(key)
+            if not shared:
+                hash((function, static))
         except TypeError as error:
             raise UsageError(
                 f"compute: static={static!r}: {error} (pass tensors as arguments, and constants as "
@@ -136,7 +138,6 @@ class Batcher:
         self.flops += cost.flops
         due = max(simulation.now_ns, self._free[peer]) + to_ns(seconds)
         self._free[peer] = due
-        group = self._open.get(key)
         if group is None:
             group = self._open[key] = _Group(key, function, static, batch)
         group.calls.append(call)

@@ -99,6 +99,10 @@ class Dense(TensorPayload):
     def row_bytes(self) -> int:
         return self.values.shape[-1] * self.values.element_size()
 
+    def byte_count(self) -> int:
+        self._need_row()
+        return self.values.nbytes
+
 
 def array(tensor: Tensor) -> np.ndarray:
     """A tensor as a contiguous little-endian array, without a copy where possible."""
