@@ -6,6 +6,10 @@ them run on stacked arguments; the others keep their results until their own due
 
 That is right only for functions that are pure and whose leading axes are batch axes. The first
 batch of each function is therefore compared with its first row computed alone.
+
+What a batch made stays one tensor, of which each peer gets a row. Arguments that are such rows are
+taken as they lie, and all loops over peers here are place by place in the arguments, not peer by
+peer.
 """
 
 from __future__ import annotations
