@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 
 import shoal
 from shoal.base.errors import UsageError
+from shoal.lab.build import topology_of
 from shoal.lab.cell import cell_of, stacks
 from shoal.lab.launch import launch
 from shoal.parts.disruption.battery import Battery
@@ -17,6 +19,7 @@ from shoal.parts.disruption.removal import Removal
 from shoal.parts.disruption.roles import Roles
 from shoal.parts.strategy.dec_avg import DecAvg
 from shoal.parts.topology.barabasi_albert import BarabasiAlbert
+from shoal.parts.topology.base import components
 from shoal.parts.topology.from_edges import FromEdges
 from shoal.systems.robust import disaster_learning as system
 from shoal.systems.robust._disaster_claims import parts_of
@@ -175,11 +178,42 @@ def test_seeds_of_an_arm_run_as_one_stack() -> None:
 def test_components_after_removal() -> None:
     graph = BarabasiAlbert(30, attach=2, seed=4)
     gone = set(Removal(by="degree", count=6).chosen(graph, 4))
-    groups = parts_of(30, 4, gone)
+    groups = parts_of(graph, gone)
     assert sorted(p for g in groups for p in g) == [p for p in range(30) if p not in gone]
     for group in groups:
         for peer in group:
             assert set(graph.neighbors(peer)) - gone <= set(group)
+
+
+def test_lost_peers_are_replaced_by_links_at_two_hops() -> None:
+    base = replace(_scenario(), seed=5)
+    before, after = topology_of(base), topology_of(system.rewired_c(base))
+    hubs = set(system.struck(base, "degree"))
+    assert system.rewired_c(base).faults == system.early_c(base).faults
+    for peer in range(50):
+        assert after.neighbors(peer, system.EARLY) == before.neighbors(peer)
+        now = set(after.neighbors(peer, system.EARLY + 1))
+        assert not now & hubs
+        assert peer in hubs or set(before.neighbors(peer)) - hubs <= now
+    # What the hubs held together holds together again.
+    left = components(after.adjacency(system.EARLY + 1)).tolist()
+    apart = parts_of(before, hubs)
+    together = Counter(left[p] for p in range(50) if p not in hubs).most_common(1)[0][1]
+    assert together > len(apart[0])
+
+
+def test_the_picture_has_every_share_of_every_world() -> None:
+    (plot,) = system.SYSTEM.plots
+    for points in plot.lines.values():
+        assert [share for share, _ in points] == [0.0, system.STRUCK, 0.2, 0.3, 0.4]
+        for share, arm in points[1:]:
+            prepare = system.SYSTEM.arms[arm].prepare
+            assert isinstance(prepare, system.World)
+            assert (prepare.share, prepare.at_round) == (share, system.EARLY)
+    base = replace(_scenario(), seed=5)
+    most = system.SYSTEM.arms["early C, 40%"].prepare
+    assert most is not None
+    assert len(most(base).faults[0].who) == 20
 
 
 def test_run_disaster_with_any_strategy_and_any_disruption() -> None:

@@ -68,6 +68,15 @@ def surroundings(scenario: Scenario) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def topology_of(scenario: Scenario) -> Any:
+    """The topology that a scenario describes, for its seed; UsageError when it names none."""
+    if scenario.topology is None:
+        raise UsageError(f"Scenario {scenario.name!r}: no topology (set topology = 'ring')")
+    if not isinstance(scenario.topology, Part):
+        return scenario.topology
+    return make("topology", scenario.topology, surroundings(scenario))
+
+
 def make(field: str, part: Part, around: Mapping[str, Any], where: Where | None = None) -> Any:
     """The object that a part describes; `around` fills settings that it leaves out."""
     base, cls = _find(field, part.name, where)

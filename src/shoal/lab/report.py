@@ -78,7 +78,8 @@ class Report:
         arms = tuple(dict.fromkeys(outcome.cell.arm for outcome in outcomes))
         seeds = experiment.seed_list()
         runs = {(o.cell.arm, o.cell.seed): o.run for o in outcomes if o.run is not None}
-        rows = Rows(runs, arms, seeds)
+        worlds = {(o.cell.arm, o.cell.seed): o.cell.scenario for o in outcomes}
+        rows = Rows(runs, arms, seeds, worlds)
         return cls(
             title=experiment.title or experiment.scenario.name or "experiment",
             system=experiment.system,

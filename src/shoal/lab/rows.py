@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from shoal.base.errors import UsageError
+from shoal.lab.scenario import Scenario
 from shoal.lab.statistics import quantile
 from shoal.lab.values import near
 from shoal.world.record import Row, Run
@@ -132,13 +133,16 @@ def at_time(rows: list[Row], time_s: float) -> float:
 class Rows:
     """All runs of an experiment. What is missing (a run that failed) is nan, never an exception.
 
-    A metric or arm that no run knows is a mistake of the caller, hence a UsageError.
+    A metric or arm that no run knows is a mistake of the caller, hence a UsageError. scenarios: of
+    each (arm, seed), for claims that depend on the world and not on the run alone.
     """
 
     def __init__(
-        self, runs: Mapping[tuple[str, int], Run], arms: Iterable[str], seeds: Iterable[int]
-    ) -> None:
+        self, runs: Mapping[tuple[str, int], Run], arms: Iterable[str], seeds: Iterable[int],
+        scenarios: Mapping[tuple[str, int], Scenario] | None = None,
+    ) -> None:  # fmt: skip
         self.runs = dict(runs)
+        self.scenarios = dict(scenarios or {})
         self.arms = tuple(arms)
         self.seeds = tuple(seeds)
         self.metrics = tuple(

@@ -6,12 +6,11 @@ from collections.abc import Collection
 
 import torch
 
+from shoal.lab.build import topology_of
 from shoal.lab.rows import Rows
-from shoal.parts.topology.barabasi_albert import BarabasiAlbert
-from shoal.parts.topology.base import components
+from shoal.parts.topology.base import GraphTopology, components
 from shoal.world.record import Run
 
-ATTACH = 2
 NAN = float("nan")
 
 
@@ -29,9 +28,9 @@ def removed(run: Run) -> frozenset[int]:
     return frozenset(p for h in run.happenings if h.what == "crash" for p in h.peers)
 
 
-def parts_of(peers: int, seed: int, gone: Collection[int]) -> list[list[int]]:
-    """The survivors by component of what is left of a seed's graph, largest first."""
-    left = BarabasiAlbert(peers, attach=ATTACH, seed=seed).adjacency().toarray().astype(int)
+def parts_of(graph: GraphTopology, gone: Collection[int]) -> list[list[int]]:
+    """The survivors by component of what is left of a graph, largest first."""
+    left = graph.adjacency().toarray().astype(int)
     left[list(gone), :] = 0
     left[:, list(gone)] = 0
     groups: dict[int, list[int]] = {}
@@ -43,7 +42,7 @@ def parts_of(peers: int, seed: int, gone: Collection[int]) -> list[list[int]]:
 
 def _parts(rows: Rows, arm: str, seed: int) -> list[list[int]]:
     run = rows.run(arm, seed)
-    return [] if run is None else parts_of(run.peers, seed, removed(run))
+    return [] if run is None else parts_of(topology_of(rows.scenarios[arm, seed]), removed(run))
 
 
 def _at(rows: Rows, arm: str, seed: int, peers: Collection[int], round: int) -> float:
@@ -82,6 +81,19 @@ def connectivity_over_data(rows: Rows) -> dict[int, float]:
     """Connectivity effect minus twice the data effect."""
     connectivity, data = connectivity_effect(rows), data_effect(rows)
     return {s: connectivity[s] - 2 * data[s] for s in rows.seeds}
+
+
+def rewired_over_early(rows: Rows) -> dict[int, float]:
+    """Cost of the hubs' connections with new links minus half of that without."""
+    return {
+        s: _cost(rows, s, "calm C", "early C rewired") - 0.5 * _cost(rows, s, "calm C", "early C")
+        for s in rows.seeds
+    }
+
+
+def asynchronous_effect(rows: Rows) -> dict[int, float]:
+    """Connectivity effect without rounds and with lost messages: undisturbed minus C."""
+    return {s: _cost(rows, s, "asynchronous calm C", "asynchronous early C") for s in rows.seeds}
 
 
 def random_over_hubs(rows: Rows) -> dict[int, float]:
