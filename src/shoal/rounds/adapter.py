@@ -258,7 +258,6 @@ class _Own:
         strategy = method.strategy
         self.peer = peer
         self.device = method.initial.device
-        self.far = self.device.type != "cpu"
         self.shard = method.shard(peer.id)
         self.state = strategy.init(method.initial)
         self.codec = method.transform.init(method.initial)
@@ -278,9 +277,7 @@ class _Own:
 
     def there(self, value: T) -> T:
         """A tree of tensors where the parameters are: keys, masks and mail are made elsewhere."""
-        if not self.far:
-            return value
-        return tree.map_tree(lambda leaf: leaf.to(self.device, non_blocking=True), value)
+        return tree.there(value, self.device)
 
     def _all(self) -> tuple[Any, Any, Any]:
         return self.state, self.codec, self.hub_state
