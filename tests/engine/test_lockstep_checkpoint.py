@@ -36,6 +36,8 @@ FAULTS: tuple[Fault, ...] = (
     Crash(who=(1, 2), at=7.3, until=13.0),
     Crash(who=(0, 3), at=9.5, until=16.0, store="lost"),
     Crash(who=(5,), at=Round(3), until=Round(5)),
+    # A second and a third life: what came before must not be forgotten.
+    Crash(who=(1, 5), at=Round(6), until=Round(7), store="lost"),
     Join(who=(4,), at=Round(2)),
     Leave(who=(7,), at=14.2, grace_s=0.5),
     Hold(who=(6,), at=4.0, until=7.9),
