@@ -41,9 +41,10 @@ def _mix(z: Tensor) -> Tensor:
 def fold(key: Key, *words: keyed.Word | Tensor) -> Key:
     """Mix more words into keys `[...]`; a word may be an int64 tensor that broadcasts."""
     if _on_processor(key, words):
-        if not (key.dim() or any(isinstance(part, Tensor) for part in words)):
-            state = keyed.fold(int(key) & keyed.MASK, *words)
-            return torch.tensor(keyed.signed(state), dtype=torch.int64)
+        numbers = [part for part in words if not isinstance(part, Tensor)]
+        if not key.dim() and len(numbers) == len(words):
+            folded = keyed.fold(int(key) & keyed.MASK, *numbers)
+            return torch.tensor(keyed.signed(folded), dtype=torch.int64)
         state, shape = _fold(key, words)
         return torch.from_numpy(state.view(np.int64)).view(shape)
     for part in words:

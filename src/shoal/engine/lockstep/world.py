@@ -296,9 +296,7 @@ class World:
         if made.queued is not None:
             self._wires.queued[kind] = made.queued
         run = self.run
-        leaves = slots.exists & torch.isfinite(sent_s)[slots.source]
-        count = torch.zeros_like(self.bytes_sent)
-        count.index_add_(0, slots.source[leaves], torch.ones_like(slots.source[leaves]))
+        count = torch.where(torch.isfinite(sent_s), slots.fan_out, 0)
         total = count * size_bytes
         self.bytes_sent += total
         reached = torch.isfinite(made.arrive)
