@@ -13,6 +13,11 @@ from shoal.parts.aggregate.base import same_for_all
 from shoal.tensor.stack import certain, combine, or_center, shares, usable
 from shoal.tensor.types import Mask, Stack, Vector, Weight
 
+COLUMN_BYTES = 2 << 20
+"""What senders' columns may take to be mixed together; a constant."""
+
+LEAST_COLUMNS = 256
+
 
 @dataclass(frozen=True)
 class Mean:
@@ -82,12 +87,30 @@ class Mean:
 
 
 def _product(weight: Tensor, x: Tensor) -> Tensor:
-    if weight.layout == torch.strided or x.dim() == 2:
+    if weight.layout == torch.strided:
         return weight @ x
+    if x.dim() == 2:
+        return _in_columns(weight, x)
     # A sparse matrix multiplies two axes only: leading axes of x go beside its last one.
     lead = x.shape[:-2]
     wide = x.movedim(-2, 0).reshape(x.shape[-2], -1)
     return (weight @ wide).reshape(weight.shape[0], *lead, x.shape[-1]).movedim(0, -2)
+
+
+def _in_columns(weight: Tensor, x: Tensor) -> Tensor:
+    """A sparse matrix times x [senders, dim], some columns at a time.
+
+    Receivers read senders in any order, so what they read should be in the processor's cache.
+    """
+    width = COLUMN_BYTES // (x.shape[0] * x.element_size())
+    if not LEAST_COLUMNS <= width < x.shape[1]:
+        # Of too many senders only strips would fit, which cost more to cut out than they save.
+        return weight @ x
+    mixed = x.new_empty((weight.shape[0], x.shape[1]))
+    for start in range(0, x.shape[1], width):
+        part = slice(start, start + width)
+        torch.mm(weight, x[:, part], out=mixed[:, part])
+    return mixed
 
 
 def _ones_like(weight: Tensor) -> Tensor:
