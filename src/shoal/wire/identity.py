@@ -184,7 +184,9 @@ class Identity:
             raise UsageError(
                 f"key file {path}: no private key in PEM form without a password: {error}"
             ) from None
-        if not isinstance(key, _ed25519().Ed25519PrivateKey):
+        from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+        if not isinstance(key, Ed25519PrivateKey):
             raise UsageError(f"key file {path}: {type(key).__name__}; need an Ed25519 key")
         return cls(key.private_bytes_raw())
 
