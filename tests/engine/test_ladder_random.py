@@ -9,14 +9,17 @@ from typing import Any
 import pytest
 
 import shoal
+from shoal.base.errors import UsageError
 from shoal.engine.event import simulate
 from shoal.engine.lockstep import run_lockstep
+from shoal.engine.lockstep.timeline import beyond
 from shoal.lab.explore import generate
-from shoal.lab.launch import method_of
+from shoal.lab.faults import FaultSetting
+from shoal.lab.launch import launch, method_of
 from shoal.parts.strategy.local_steps import LocalSteps
 from shoal.rounds.adapter import Rounds
-from shoal.testing.ladder import MARGIN, beyond_lockstep, check_strategy
-from shoal.world.faults import Hold, Leave, Round
+from shoal.testing.ladder import MARGIN, check_strategy
+from shoal.world.faults import Crash, Hold, Leave, Round, Skew
 
 # Holds beyond their round are counted differently (docs/design.md, 3.1).
 KINDS = ("crash", "join", "leave", "partition", "slow", "loss")
@@ -67,11 +70,35 @@ def test_generated_faults_mean_the_same(around: dict[str, Any]) -> None:
     assert compared >= 8
 
 
-def test_what_lockstep_simplifies_is_refused() -> None:
+def test_what_lockstep_cannot_do_is_refused_and_runs_on_event() -> None:
     method, network = world(0, STAR)
-    for fault in (Hold(who=(2,), at=0.1, until=Round(2)), Leave(who=(0,), at=Round(1))):
-        struck = replace(network, faults=(fault,))
-        assert beyond_lockstep(method, struck)
-        with pytest.raises(AssertionError, match="ladder: a h"):
+    for fault in (
+        (Hold(who=(2,), at=0.1, until=Round(2)),),
+        (Leave(who=(0,), at=Round(1)),),
+        (Leave(who=(1,), at=Round(1)), Crash(who=(1,), at=9.0)),
+        (Skew(who=(1,), at=0.0, offset_s=0.1),),
+    ):
+        struck = replace(network, faults=fault)
+        with pytest.raises(AssertionError, match="ladder: "):
             check_strategy(method, struck)
-    assert beyond_lockstep(method, replace(network, faults=(Leave(who=(1,), at=Round(1)),))) == ""
+        with pytest.raises(UsageError, match="use engine='event'"):
+            run_lockstep([method], [struck])
+    assert not beyond((Leave(who=(1,), at=Round(1)),), 0)
+
+
+@pytest.mark.parametrize("kind", ["hold", "skew"])
+def test_auto_takes_the_engine_that_knows_the_faults(kind: str) -> None:
+    setting = {"skew": {"offset_s": 0.01}, "hold": {}}[kind]
+    until = {"skew": None, "hold": Round(2)}[kind]
+    fault = FaultSetting(kind, who=(1,), at=0.0, until=until, settings=setting)
+    scenario = shoal.Scenario(peers=4, rounds=3, task={"name": "digits"}, faults=(fault,))
+    assert launch(LocalSteps(steps=1), scenario, seed=0).engine == "event"
+    assert launch(LocalSteps(steps=1), replace(scenario, faults=()), seed=0).engine == "lockstep"
+
+
+def test_who_comes_back_after_the_end_is_counted() -> None:
+    method, network = world(1, GOSSIP)
+    end_s = run_lockstep([method], [network])[0].virtual_s
+    late = Crash(who=(1,), at=end_s - 0.4 * method.round_s, until=end_s + method.round_s)
+    method = replace(method, checkpoint_every=1)
+    assert run_lockstep([method], [replace(network, faults=(late,))])[0].settings["behind"] == 1

@@ -17,12 +17,11 @@ from safetensors.torch import load_file
 
 from shoal.lab import launch
 from shoal.lab.card import Arm
-from shoal.lab.cell import EVENT_FAULTS, cell_of, stacks
+from shoal.lab.cell import cell_of, stacks
 from shoal.lab.experiment import Experiment, Tick
 from shoal.lab.faults import FaultSetting
 from shoal.lab.scenario import Scenario
 from shoal.lab.store import Store
-from shoal.world.faults import KINDS
 from shoal.world.record import Run
 
 STOP = 5
@@ -175,9 +174,3 @@ def test_only_seeds_that_end_together_share_a_stack() -> None:
     assert of(0, seconds=3.0) != of(1, seconds=3.0)
     skew = (FaultSetting("skew", who=(1,), settings={"offset_s": 1.0}),)
     assert of(0, faults=skew) != of(1, faults=skew)
-
-
-def test_the_lab_knows_what_lockstep_knows() -> None:
-    from shoal.engine.lockstep.timeline import SUPPORTED
-
-    assert set(KINDS) - EVENT_FAULTS == {fault.kind for fault in SUPPORTED}

@@ -24,9 +24,6 @@ from shoal.world.record import Row, Run
 if TYPE_CHECKING:
     from shoal.engine.lockstep import Checkpoint
 
-EVENT_FAULTS = {"skew", "corrupt"}
-"""Kinds of faults that lockstep does not know."""
-
 Progress = Callable[[float, str], None]
 """Called with the finished part of a run, 0 to 1, and a note such as "round 12 of 60"."""
 
@@ -242,8 +239,10 @@ def stacks(cell: Cell) -> tuple[Any, ...] | None:
         world = replace(world, task=Part(world.task.name, kept))
     # Seeds reach a horizon in seconds in different rounds, and event runs one after the other: in
     # a stack the first would be stored with the last.
-    faults = {fault.kind for fault in cell.scenario.faults}
-    alone = cell.scenario.seconds is not None or faults & EVENT_FAULTS
+    from shoal.engine.lockstep.timeline import beyond
+
+    faults = [fault.explicit() for fault in cell.scenario.explicit_faults()]
+    alone = cell.scenario.seconds is not None or beyond(faults, 0)
     own = cell.seed if alone else None
     return (cell.arm, cell.system, cell.settings, cell.host, cell.engine, world, own)
 

@@ -65,9 +65,9 @@ def launch_seeds(
     least_s = LIVE_ROUND_S if engine == "live" else 0.0
     made = [method_of(what, s, seed, least_s) for s, seed in zip(scenarios, seeds, strict=True)]
     from shoal.engine.lockstep import LockstepSettings, run_lockstep
-    from shoal.engine.lockstep.timeline import SUPPORTED
+    from shoal.engine.lockstep.timeline import beyond
 
-    calm = all(isinstance(f, SUPPORTED) for _, network, _, _ in made for f in network.faults)
+    calm = not any(beyond(n.faults, m.exchange.hub) for m, n, _, _ in made)
     if engine == "lockstep" or (engine == "auto" and calm):
         methods = [method for method, *_ in made]
         networks = [network for _, network, *_ in made]

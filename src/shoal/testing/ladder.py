@@ -21,10 +21,10 @@ import torch
 from shoal.engine.event import EventSettings, simulate
 from shoal.engine.live import LiveSettings, run_live
 from shoal.engine.lockstep import run_lockstep
+from shoal.engine.lockstep.timeline import beyond
 from shoal.kernel.peer import Program
 from shoal.rounds.adapter import Rounds
 from shoal.rounds.method import Method
-from shoal.world.faults import Hold, Leave, Round
 from shoal.world.network import Network
 from shoal.world.record import Run
 
@@ -55,8 +55,8 @@ def check_strategy(method: Method, network: Network, *, live: bool = False) -> R
 
     AssertionError names the rung. Use few rounds: differences grow with chaos, not with bugs.
     """
-    beyond = beyond_lockstep(method, network)
-    assert not beyond, f"ladder: {beyond} (move the fault, or compare events only)"
+    reason = beyond(network.faults, method.exchange.hub)
+    assert not reason, f"ladder: {reason} (move the fault, or compare events only)"
     lockstep = run_lockstep([method], [network])[0]
     margin = lockstep.settings["margin"]
     assert margin > MARGIN, (
@@ -83,17 +83,6 @@ def check_strategy(method: Method, network: Network, *, live: bool = False) -> R
     if live:
         check_live(Rounds.of(method), Rounds.of(method), method.seed, network)
     return off
-
-
-def beyond_lockstep(method: Method, network: Network) -> str:
-    """The fault that lockstep is known to simplify (docs/design.md, 3.1), or ""."""
-    hub = method.exchange.hub
-    for fault in network.faults:
-        if isinstance(fault, Hold) and isinstance(fault.until, Round):
-            return "a hold that ends at a round, which is not known when messages leave"
-        if isinstance(fault, Leave) and isinstance(fault.at, Round) and hub in fault.who:
-            return "a hub that leaves at a round, which begins with what it sends"
-    return ""
 
 
 def check_program(program: Program, network: Network, seed: int = 0) -> Run:

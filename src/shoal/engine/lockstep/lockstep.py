@@ -208,6 +208,7 @@ class Lockstep:
         return [self._finish(world, watch) for world in self.worlds]
 
     def _finish(self, world: World, watch: Stopwatch) -> Run:
+        world.end()
         run = world.run
         run.virtual_s = world.ended_s
         run.happenings = world.timeline.happenings(run.virtual_s)

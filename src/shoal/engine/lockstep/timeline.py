@@ -7,6 +7,7 @@ moment tied to a round becomes known when the first peer enters that round.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,7 +17,37 @@ from shoal.base.errors import UsageError
 from shoal.world.faults import Crash, Fault, Hold, Join, Leave, Loss, Moment, Partition, Round, Slow
 from shoal.world.record import Happening
 
-SUPPORTED = (Crash, Join, Leave, Partition, Slow, Loss, Hold)
+_SUPPORTED = (Crash, Join, Leave, Partition, Slow, Loss, Hold)
+
+
+def beyond(faults: Iterable[Fault], hub: int | None) -> str:
+    """Why lockstep cannot run these faults message for message, or "" when it can.
+
+    hub: the exchange's. Rounds are computed whole here, so whatever takes place between two of
+    them, or is known only later, needs the event engine.
+    """
+    faults = tuple(faults)
+    for fault in faults:
+        if not isinstance(fault, _SUPPORTED):
+            return f"{fault.kind} faults need a clock or a wire of their own"
+        if isinstance(fault, Hold) and isinstance(fault.until, Round):
+            return "a hold that ends at a round, which is not known when messages leave"
+        if isinstance(fault, Leave) and isinstance(fault.at, Round) and hub in fault.who:
+            return "a hub that leaves at a round, which begins with what it sends"
+    for leave in (f for f in faults if isinstance(f, Leave)):
+        for crash in (f for f in faults if isinstance(f, Crash)):
+            both = set(leave.who) & set(crash.who)
+            if both and not _no_later(crash.at, leave.at):
+                return f"a crash of peer {min(both)}, which may be in the middle of its leaving"
+    return ""
+
+
+def _no_later(first: Moment, second: Moment) -> bool:
+    """Whether this is certain before the run: seconds and rounds do not compare."""
+    if isinstance(first, Round) and isinstance(second, Round):
+        return first.round <= second.round
+    both = not isinstance(first, Round) and not isinstance(second, Round)
+    return both and float(first) <= float(second)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -44,13 +75,9 @@ class Life:
 class Timeline:
     """One seed's faults. birth and death [peers] bound each peer's present life."""
 
-    def __init__(self, faults: tuple[Fault, ...], peers: int) -> None:
-        for fault in faults:
-            if not isinstance(fault, SUPPORTED):
-                raise UsageError(
-                    f"lockstep: {fault.kind} faults need a clock or a wire of their own "
-                    "(use engine='event')"
-                )
+    def __init__(self, faults: tuple[Fault, ...], peers: int, hub: int | None = None) -> None:
+        if reason := beyond(faults, hub):
+            raise UsageError(f"lockstep: {reason} (use engine='event')")
         self.faults = faults
         self.birth = torch.zeros(peers, dtype=torch.float64, device="cpu")
         self.death = torch.full((peers,), math.inf, dtype=torch.float64, device="cpu")

@@ -44,7 +44,7 @@ class World:
         self.offset = offset
         self.rows = slice(offset, offset + method.peers)
         self.run = Run(engine="lockstep", seed=method.seed, peers=method.peers)
-        self.timeline = Timeline(network.faults, method.peers)
+        self.timeline = Timeline(network.faults, method.peers, method.exchange.hub)
         self.peers = torch.arange(method.peers)
         self.key = keyed.key_of(method.seed, "peer")
         self.ended_s = 0.0
@@ -116,6 +116,13 @@ class World:
         """When the first of the living peers is free to go on; infinity when nobody lives."""
         clock = self.clock[self._alive()]
         return float(clock.min()) if len(clock) else (0.0 if self._round == 0 else math.inf)
+
+    def end(self) -> None:
+        """After the last round: who comes back now has rounds before it that are over."""
+        self._round = self.method.rounds
+        ended_s = self.ended_s
+        self._renew()
+        self.ended_s = ended_s
 
     # A round, in the order in which the engine calls.
 
