@@ -4,6 +4,8 @@
     ├── UsageError            a setting, file or call that cannot work; raised at construction
     ├── WireError             bytes on or from the wire
     │   ├── DecodeError         malformed, truncated, wrong type or wrong checksum
+    │   │   └── Forged            not what the other end of the session sent, or not in that order
+    │   ├── HandshakeError      no session with the other side, and why
     │   └── MessageTooLarge     over the frame or mailbox limit
     ├── PeerError             another peer did not do its part
     │   ├── DeadlineExceeded    no answer in time
@@ -39,6 +41,29 @@ class WireError(ShoalError):
 
 class DecodeError(WireError, ValueError):
     """Malformed, truncated or corrupted bytes."""
+
+
+class Forged(DecodeError):
+    """Bytes that the other end of a session did not send, or not in this order."""
+
+
+class HandshakeError(WireError):
+    """The two sides cannot have a session.
+
+    reason: one of "malformed", "clear" (the other side does not encrypt), "downgraded" (no cipher
+    that both offer), "altered" (changed on the way, or a replay), "reflected", "identity" (a static
+    key that the claimed identity did not sign), "wrong key" (a proven identity, but another than
+    that peer's), "not allowed", "peer" (another peer than called), "schemas" (another run or other
+    declared messages), "refused" (the other side said so).
+    """
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(reason, detail)
+        self.reason = reason
+        self.detail = detail
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.detail}" if self.detail else self.reason
 
 
 class MessageTooLarge(WireError):
