@@ -44,7 +44,7 @@ def fold(key: Key, *words: keyed.Word | Tensor) -> Key:
         numbers = [part for part in words if not isinstance(part, Tensor)]
         if not key.dim() and len(numbers) == len(words):
             folded = keyed.fold(int(key) & keyed.MASK, *numbers)
-            return torch.tensor(keyed.signed(folded), dtype=torch.int64)
+            return torch.tensor(keyed.signed(folded), dtype=torch.int64, device="cpu")
         state, shape = _fold(key, words)
         return torch.from_numpy(state.view(np.int64)).view(shape)
     for part in words:

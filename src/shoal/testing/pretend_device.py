@@ -125,7 +125,7 @@ class PretendDevice(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        _register()
+        register()
         self.waits: Counter[str] = Counter()
         self.uploads: Counter[str] = Counter()
 
@@ -264,8 +264,12 @@ def _writes(func: Any) -> bool:
 _library: list[torch.library.Library] = []
 
 
-def _register() -> None:
-    """Make the device type known to torch; once in a process."""
+def register() -> None:
+    """Make the device type known to torch; once in a process.
+
+    Before the process's first backward pass, when torch counts the devices that it has queues for:
+    a test suite that differentiates elsewhere calls this as it starts.
+    """
     if _library:
         return
     try:

@@ -100,7 +100,7 @@ class Identity:
     @classmethod
     def new(cls) -> Identity:
         """A fresh key pair from the operating system's randomness."""
-        return cls(os.urandom(KEY_BYTES))
+        return cls(_ed25519().Ed25519PrivateKey.generate().private_bytes_raw())
 
     @cached_property
     def _private(self) -> Ed25519PrivateKey:
