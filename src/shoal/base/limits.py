@@ -14,7 +14,9 @@ class Limits:
     frame_bytes: largest message; header_bytes: largest structured part of a message;
     mailbox_bytes: unread messages per sender; queue_bytes: unsent messages per receiver, beyond
     which `send` waits; in_flight: requests that a handler works on at once; closed_tags: how many
-    closed tags per kind are remembered.
+    closed tags per kind are remembered. On real connections: partial_bytes and open_frames: frames
+    that are partly received, both per sender; window_bytes: what a sender may have on the way per
+    connection, so bandwidth times round trip should be less.
     """
 
     frame_bytes: int = 1 << 30
@@ -23,11 +25,18 @@ class Limits:
     queue_bytes: int = 1 << 28
     in_flight: int = 64
     closed_tags: int = 4096
+    partial_bytes: int = 1 << 30
+    open_frames: int = 256
+    window_bytes: int = 1 << 26
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             if value <= 0:
                 raise UsageError(f"Limits: {name}={value}; need a positive number (raise it)")
+        if self.window_bytes < 1 << 20:
+            raise UsageError(
+                f"Limits: window_bytes={self.window_bytes}; need {1 << 20}, four chunks (raise it)"
+            )
 
 
 DEFAULT = Limits()

@@ -6,6 +6,7 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from time import time_ns
 from typing import Any
 
@@ -29,12 +30,15 @@ from shoal.kernel.runtime import Runtime
 from shoal.kernel.tasks import drain
 from shoal.kernel.waits import Ready, Wait
 from shoal.wire.frame import schema
+from shoal.wire.handshake import Credentials
+from shoal.wire.identity import Identity
 from shoal.wire.message import Message, declared_kinds
 from shoal.world.record import Happening, Row, Run
 
 _LINGER_S = 2.0
 _COUNT_EVERY_S = 0.25
 _MOST_REASONS = 200
+_MOST_TRIPS = 10_000
 
 
 class Driver:
@@ -70,6 +74,7 @@ class Driver:
         self._start: control.Start | None = None
         self._params: dict[int, Tensor] = {}
         self._traffic = Traffic()
+        self._trips: deque[float] = deque(maxlen=_MOST_TRIPS)
         self._running = 0
         self._entered = 0
         self._idle: bool | None = None
@@ -93,14 +98,33 @@ class Driver:
         self.memory = Memory(self, self.plan.settings.store_dir, self.plan.peers)
         try:
             addresses = {peer: each.bind() for peer, each in self.transports.items()}
-            schemas = {kind.kind: schema(kind) for kind in declared_kinds()}
-            self._report(control.Ready(addresses, schemas))
+            self._report(control.Ready(addresses, self.schemas(), self._keys()))
             await self._stopping
             self.result.virtual_s = to_s(max(0, self.timers.now_ns())) if self._begun else 0.0
             await self._linger()
         finally:
             self._close()
         self._report(control.Done(self._outcome(watch)))
+
+    def _keys(self) -> dict[int, bytes]:
+        """The public keys of the peers here, from their files or new."""
+        settings = self.plan.settings
+        if settings.security == "none":
+            return {}
+        for peer, transport in self.transports.items():
+            if transport.credentials is None:
+                path = Path(settings.store_dir) / f"peer-{peer}.pem"
+                identity = Identity.load_or_new(path) if settings.store_dir else Identity.new()
+                transport.credentials = Credentials(identity)
+        return {
+            peer: each.credentials.identity.public
+            for peer, each in self.transports.items()
+            if each.credentials is not None
+        }
+
+    def schemas(self) -> dict[str, str]:
+        """Every message that this process can read."""
+        return {kind.kind: schema(kind) for kind in declared_kinds()}
 
     def control(self, command: control.Command) -> None:
         """A word from the launcher."""
@@ -129,7 +153,7 @@ class Driver:
         self.schedule.begin()
         for peer, runtime in self.runtimes.items():
             transport = self.transports[peer]
-            transport.open(self._start.addresses, self._start.digest)
+            transport.open(self._start.addresses, self._start.digest, self._start.keys)
             if peer not in self.schedule.absent:
                 transport.up()
                 self._begin_peer(runtime)
@@ -183,7 +207,7 @@ class Driver:
         # Programs that are done may have sent their last messages a moment ago.
         limit = self.loop.time() + _LINGER_S
         while self._idle and self.loop.time() < limit:
-            if not any(each.waiting_bytes for each in self.transports.values()):
+            if not any(each.busy for each in self.transports.values()):
                 return
             await asyncio.sleep(0.001)
 
@@ -202,10 +226,25 @@ class Driver:
         result = self.result
         result.final = {peer: params.cpu() for peer, params in sorted(self._params.items())}
         result.rows.extend(self._traffic.rows())
+        result.rows.extend(self._heartbeats())
         result.flops = self.compute_thread.flops
         result.events = self.events + self.timers.fired
         result.wall_s, result.cpu_s = watch.wall_s, watch.cpu_s
         return result
+
+    def _heartbeats(self) -> list[Row]:
+        """How long heartbeats of this process took there and back, if there were any."""
+        trips = sorted(self._trips)
+        if not trips:
+            return []
+        time_s, first = to_s(max(0, self.timers.now_ns())), str(self.plan.peers[0])
+        return [
+            Row(
+                "round_trip_s", value, time_s,
+                labels=(("process of peer", first), ("statistic", name)),
+            )
+            for name, value in (("median", trips[len(trips) // 2]), ("largest", trips[-1]))
+        ]  # fmt: skip
 
     def _count_events(self) -> None:
         self._report(control.Counted(self.events + self.timers.fired))
@@ -256,6 +295,9 @@ class Driver:
         # Bounded: a hostile peer must not be able to fill the memory with reasons.
         if len(self.result.happenings) < _MOST_REASONS:
             self._note(f"peer {peer} {why}", (peer,))
+
+    def round_trip(self, seconds: float) -> None:
+        self._trips.append(seconds)
 
     # Host: time.
 

@@ -1,30 +1,86 @@
-"""The receiving end of a connection: a greeting, then frames."""
+"""The receiving end of connections: a greeting, then frames, in fair turns."""
 
 from __future__ import annotations
 
+import asyncio
 import socket
 from contextlib import suppress
+from time import perf_counter
 from typing import TYPE_CHECKING
 
-from shoal.base.errors import DecodeError, MessageTooLarge
-from shoal.engine.live.outgoing import reset
+from shoal.base.errors import DecodeError, Forged, HandshakeError, MessageTooLarge
+from shoal.engine.live.calling import reset
 from shoal.wire import codec
-from shoal.wire.frame import GREETING_BYTES, FrameReader, Greeting, pack_answer
+from shoal.wire.frame import GREETING_BYTES, Greeting, pack_answer
+from shoal.wire.handshake import Handshake
+from shoal.wire.inflow import Inflow, Receiver
+from shoal.wire.session import Session, memory, opened
 
 if TYPE_CHECKING:
     from shoal.engine.live.transport import Transport
+
+# One turn's longest: a peer that floods this one makes the others wait so long, and not longer.
+_TURN_S = 0.0005
+# Reads of one turn while chunks come; each takes up to a chunk.
+_READS = 4
+_STALL_BYTES_PER_S = 1024
+
+
+class Inlet:
+    """What one caller's incarnation sends to this peer, over all of its connections."""
+
+    def __init__(self, transport: Transport, source: int, life: int) -> None:
+        self.life = life
+        self.flow = Inflow(transport.limits)
+        self.lanes: dict[int, Incoming] = {}
+        self._transport = transport
+        self._source = source
+        self._alone_s = 0.0
+
+    def close(self) -> None:
+        """Drop every connection, and what is partly here."""
+        for incoming in list(self.lanes.values()):
+            incoming.close(abrupt=True)
+        self.flow.clear()
+
+    def left(self, lane: int) -> None:
+        """A connection is closed; the caller has some time to call again."""
+        del self.lanes[lane]
+        self._alone_s = self._transport.loop.time()
+
+    def sweep(self, now_s: float) -> bool:
+        """Cut off who is silent or too slow; True when there is nothing left to look after."""
+        for incoming in list(self.lanes.values()):
+            incoming.sweep(now_s, self.flow.partial > 0)
+        if self.lanes or now_s - self._alone_s < self._transport.settings.handshake_s:
+            return False
+        if lost := self.flow.clear():
+            self._transport.owner.lost("cut", lost)
+        return True
 
 
 class Incoming:
     """A connection that somebody opened to this peer: a greeting, then frames."""
 
-    def __init__(self, transport: Transport, connection: socket.socket) -> None:
+    def __init__(self, transport: Transport, connection: socket.socket, host: str) -> None:
         self.source = -1
+        self.host = host
         self._transport = transport
         self._loop = transport.loop
         self._socket: socket.socket | None = connection
         self._greeting = b""
-        self._reader = FrameReader(transport.limits)
+        self._handshake = transport.handshake()
+        self._session: Session | None = None
+        self._sealed = bytearray()
+        self._receiver = Receiver(transport.limits)
+        self._inlet: Inlet | None = None
+        self._lane = 0
+        self._came_bytes = 0
+        self._mark_bytes = 0
+        self._heard_bytes = 0
+        self._mark_s = self._heard_s = self._loop.time()
+        self._watched = False
+        self._again: asyncio.Handle | None = None
         connection.setblocking(False)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._timer = self._loop.call_later(transport.settings.handshake_s, self._late)
@@ -34,19 +90,27 @@ class Incoming:
         if self._socket is None:
             return
         self._timer.cancel()
+        if self._again is not None:
+            self._again.cancel()
         self._loop.remove_reader(self._socket)
+        self._loop.remove_writer(self._socket)
         if abrupt:
             reset(self._socket)
         else:
             self._socket.close()
         self._socket = None
-        transport = self._transport
-        transport.strangers.discard(self)
-        if transport.incoming.get(self.source) is self:
-            del transport.incoming[self.source]
+        self._transport.strangers.discard(self)
+        self._receiver.leave()
+        if self._inlet is not None:
+            self._inlet.left(self._lane)
+
+    # Greeting.
 
     def _late(self) -> None:
-        self._refuse("no greeting in time")
+        if self.source < 0:
+            self._refuse("no greeting in time")
+        else:
+            self._cut_off("said no hello in time")
 
     def _readable(self) -> None:
         try:
@@ -59,8 +123,10 @@ class Incoming:
 
     def _greet(self) -> None:
         assert self._socket is not None
+        handshake = self._handshake
+        missing = GREETING_BYTES - len(self._greeting) if handshake is None else handshake.missing
         try:
-            data = self._socket.recv(GREETING_BYTES - len(self._greeting))
+            data = self._socket.recv(missing)
         except (BlockingIOError, InterruptedError):
             return
         except OSError:
@@ -68,6 +134,9 @@ class Incoming:
         if not data:
             self._transport.owner.lost("greeting", 1)
             self.close()
+            return
+        if handshake is not None:
+            self._shake(handshake, data)
             return
         self._greeting += data
         if len(self._greeting) < GREETING_BYTES:
@@ -82,6 +151,31 @@ class Incoming:
         else:
             self._welcome(greeting.source)
 
+    def _shake(self, handshake: Handshake, data: bytes) -> None:
+        transport = self._transport
+        assert self._socket is not None
+        try:
+            reply = handshake.receive(data)
+            remote = handshake.remote
+            if remote is not None and (
+                remote.source not in transport.addresses or remote.source == transport.peer
+            ):
+                raise HandshakeError("peer", f"no peer {remote.source} here")
+        except HandshakeError as error:
+            told = handshake.refusal(error) if error.reason != "refused" else b""
+            self._refuse(str(error), told)
+            return
+        if reply:
+            try:
+                self._socket.send(reply)
+            except OSError:
+                self.close()
+                return
+        if remote is not None:
+            self._session = handshake.session
+            self.source = remote.source
+            transport.seen(remote.source)
+
     def _objection(self, greeting: Greeting) -> str:
         transport = self._transport
         if greeting.digest != transport.digest:
@@ -92,55 +186,179 @@ class Incoming:
             return f"no peer {greeting.source} here"
         return ""
 
-    def _refuse(self, why: str) -> None:
+    def _refuse(self, why: str, told: bytes | None = None) -> None:
         transport = self._transport
         transport.owner.lost("greeting", 1)
         transport.owner.closed(transport.peer, f"refused a connection: {why}")
         if self._socket is not None:
             with suppress(OSError):  # The caller may be gone; then there is nobody to tell.
-                self._socket.send(pack_answer(why))
+                self._socket.send(pack_answer(why) if told is None else told)
         self.close()
 
     def _welcome(self, source: int) -> None:
-        transport = self._transport
         assert self._socket is not None
         try:
             self._socket.send(pack_answer())
         except OSError:
             self.close()
             return
+        self.source = source
+        self._transport.seen(source)
+
+    def _join(self) -> None:
+        """The caller said which incarnation it is, and which of its connections this is."""
+        transport, hello = self._transport, self._receiver.hello
+        assert hello is not None
+        lane, life = hello.number, hello.total
+        if not lane < hello.part <= 64:
+            raise DecodeError(f"hello: connection {lane} of {hello.part}")
         self._timer.cancel()
         transport.strangers.discard(self)
-        earlier = transport.incoming.get(source)
-        if earlier is not None:
+        inlet = transport.incoming.get(self.source)
+        if inlet is None or inlet.life != life:
+            if inlet is not None:
+                inlet.close()
+            inlet = transport.incoming[self.source] = Inlet(transport, self.source, life)
+        elif (earlier := inlet.lanes.get(lane)) is not None:
             # A peer calls again only when it holds its old connection for dead.
             earlier.close()
-        self.source = source
-        transport.incoming[source] = self
-        transport.seen(source)
+        inlet.lanes[lane] = self
+        self._inlet, self._lane = inlet, lane
+        self._receiver.join(inlet.flow, transport.life)
+
+    # Frames.
 
     def _receive(self) -> None:
-        transport, reader = self._transport, self._reader
-        assert self._socket is not None
+        """One turn: read what is here, and take it apart for a bounded time."""
         try:
-            count = self._socket.recv_into(reader.space(transport.scratch))
-        except (BlockingIOError, InterruptedError):
+            for _ in range(_READS):
+                if not self._read():
+                    return
+                if not self._take() or self._receiver.cutter.inside is None:
+                    break
+        except (DecodeError, MessageTooLarge) as error:
+            transport = self._transport
+            too_large = isinstance(error, MessageTooLarge)
+            transport.owner.lost("too large" if too_large else "malformed", 1)
+            self._cut_off(str(error))
             return
+        self._write()
+
+    def _cut_off(self, why: str) -> None:
+        """Close what this caller sends, and tell why; nothing of it goes on later."""
+        transport = self._transport
+        transport.owner.closed(
+            transport.peer, f"closed the connection of peer {self.source}: {why}"
+        )
+        if self._inlet is not None:
+            self._inlet.close()
+        self.close(abrupt=True)
+
+    def _read(self) -> bool:
+        """Bytes from the connection into the cutter; False when there are none for now."""
+        transport, cutter = self._transport, self._receiver.cutter
+        assert self._socket is not None
+        received, plain = memory()
+        try:
+            if self._session is not None:
+                count = self._socket.recv_into(self._session.space(received))
+            else:
+                count = self._socket.recvmsg_into(cutter.space(transport.scratch))[0]
+        except (BlockingIOError, InterruptedError):
+            self._write()
+            return False
         except OSError:
             count = 0
         if not count:
-            if reader.partial:
+            if cutter.partial and cutter.inside is None:
                 transport.owner.lost("cut", 1)
             self.close()
-            return
+            return False
+        self._came_bytes += count
+        if self._session is not None:
+            cutter.feed(opened(self._session, count, received, plain))
+        else:
+            cutter.received(count, transport.scratch)
+        return True
+
+    def _take(self) -> bool:
+        """Hand on what is complete; False when the turn is over or the connection closed."""
+        receiver, transport = self._receiver, self._transport
         owner, peer, limits = transport.owner, transport.peer, transport.limits
+        end_s = perf_counter() + _TURN_S
+        while True:
+            frame = receiver.next()
+            if frame is None:
+                if receiver.hello is not None and self._inlet is None:
+                    self._join()
+                return True
+            message, request = codec.decode(frame, limits)
+            owner.arrived(peer, self.source, message, request, len(frame))
+            if self._socket is None:
+                return False  # What arrived made this peer crash or close.
+            if perf_counter() > end_s:
+                self._pause()
+                return False
+
+    def _pause(self) -> None:
+        """The others' turn; then this connection goes on with what it has, before it reads."""
+        assert self._socket is not None
+        self._receiver.cutter.hold()
+        self._loop.remove_reader(self._socket)
+        self._again = self._loop.call_soon(self._go_on)
+
+    def _go_on(self) -> None:
+        self._again = None
+        if self._socket is None:
+            return
+        self._loop.add_reader(self._socket, self._readable)
         try:
-            for frame in reader.received(count, transport.scratch):
-                message, request = codec.decode(frame, limits)
-                owner.arrived(peer, self.source, message, request, len(frame))
-                if self._socket is None:
-                    return  # What arrived made this peer crash or close.
+            self._take()
+            self._write()
         except (DecodeError, MessageTooLarge) as error:
-            owner.lost("too large" if isinstance(error, MessageTooLarge) else "malformed", 1)
-            owner.closed(peer, f"closed the connection of peer {self.source}: {error}")
-            self.close(abrupt=True)
+            self._cut_off(str(error))
+        finally:
+            self._transport.owner.settle()
+
+    def _write(self) -> None:
+        """Answers: credit, receipts, pongs."""
+        unsent, sock = self._receiver.unsent, self._socket
+        if sock is None:
+            return
+        if unsent or self._sealed:
+            if self._session is not None and not self._sealed:
+                # Short: credit, receipts and pongs.
+                sealed, taken = self._session.seal((bytes(unsent),), memory()[0])
+                del unsent[:taken]
+                self._sealed += sealed
+            out = unsent if self._session is None else self._sealed
+            try:
+                del out[: sock.send(out)]
+            except (BlockingIOError, InterruptedError):
+                pass
+            except OSError:
+                self.close()
+                return
+        if bool(unsent or self._sealed) != self._watched:
+            self._watched = not self._watched
+            if self._watched:
+                self._loop.add_writer(sock, self._write)
+            else:
+                self._loop.remove_writer(sock)
+
+    def sweep(self, now_s: float, partial: bool) -> None:
+        """Cut off a caller that is silent, or that does not go on with what it began."""
+        settings, receiver = self._transport.settings, self._receiver
+        # Heartbeats are a sign of life, and no progress.
+        progress = self._came_bytes - 32 * receiver.heard_pings
+        if self._came_bytes != self._heard_bytes:
+            self._heard_bytes, self._heard_s = self._came_bytes, now_s
+        elif now_s - self._heard_s > settings.dead_after_s:
+            self._cut_off(f"silent for {settings.dead_after_s} s")
+            return
+        begun = partial or receiver.cutter.partial
+        if not begun or progress - self._mark_bytes >= _STALL_BYTES_PER_S * settings.stall_s:
+            self._mark_bytes, self._mark_s = progress, now_s
+        elif now_s - self._mark_s > settings.stall_s:
+            self._transport.owner.lost("too slow", 1)
+            self._cut_off(f"less than {_STALL_BYTES_PER_S} B/s of what it began to send")

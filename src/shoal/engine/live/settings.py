@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from shoal.base.errors import UsageError
+from shoal.wire.identity import is_name
 
 
 @dataclass(frozen=True)
@@ -14,27 +16,67 @@ class LiveSettings:
     horizon_s: when the run ends at the latest. host: where peers listen. store_dir: a directory
     for durable commits, "" = in memory; what it holds from an earlier run is read. start_s: how
     long processes may take to come up; stop_s: how long they may take to end. handshake_s: how
-    long a connection may take to greet. backoff_s: the pause after a failed connection, doubled
-    with every failure up to backoff_most_s; messages sent during a pause are dropped as "dead".
+    long a connection may take to greet, and how long a broken transfer waits to go on.
+    heartbeat_s: a caller asks its peers for a sign of life so often; dead_after_s: one that is
+    silent for so long is lost. stall_s: a peer that has begun a frame and sends less than 1 KiB/s
+    for so long is cut off. connections: TCP connections to each peer; more than one helps where
+    bandwidth times round trip exceeds what one may have on the way. checksums: every chunk of a
+    large frame is checked (4 bytes, about 2 GB/s), for long ways without encryption.
+    address_callers: callers that have not greeted yet, per address. backoff_s: the pause after a
+    failed connection, doubled with every failure up to backoff_most_s; messages sent during a pause
+    are dropped as "dead".
 
     >>> LiveSettings(horizon_s=30.0).host
     '127.0.0.1'
     """
 
+    security: Literal["noise", "none"] = "noise"
+    allow: tuple[str, ...] = ()
     horizon_s: float = 3600.0
     host: str = "127.0.0.1"
     store_dir: str = ""
     start_s: float = 60.0
     stop_s: float = 10.0
-    handshake_s: float = 5.0
+    handshake_s: float = 4.0
+    heartbeat_s: float = 5.0
+    dead_after_s: float = 20.0
+    stall_s: float = 4.0
+    connections: int = 1
+    checksums: bool = False
+    address_callers: int = 128
     backoff_s: float = 0.02
     backoff_most_s: float = 0.5
 
     def __post_init__(self) -> None:
-        for name in ("horizon_s", "start_s", "stop_s", "handshake_s", "backoff_s"):
+        if self.security not in ("noise", "none"):
+            raise UsageError(
+                f'LiveSettings: security={self.security!r} (use "noise", or "none" for no security)'
+            )
+        if self.allow and self.security == "none":
+            raise UsageError(
+                "LiveSettings: allow needs security=\"noise\" (nobody proves a name in the clear)"
+            )
+        for name in self.allow:
+            if not is_name(name):
+                raise UsageError(
+                    f"LiveSettings: allow has {name!r}, no peer's name (see peer_name)"
+                )
+        seconds = ("horizon_s", "start_s", "stop_s", "handshake_s", "heartbeat_s", "stall_s")
+        for name in (*seconds, "backoff_s"):
             value = getattr(self, name)
             if not value > 0:
                 raise UsageError(f"LiveSettings: {name}={value}; need a positive number of seconds")
+        if not self.dead_after_s >= 2 * self.heartbeat_s:
+            raise UsageError(
+                f"LiveSettings: dead_after_s={self.dead_after_s} is less than two heartbeats of "
+                f"{self.heartbeat_s} s (raise it)"
+            )
+        if not 1 <= self.connections <= 64:
+            raise UsageError(f"LiveSettings: connections={self.connections}; need 1 to 64")
+        if self.address_callers < 1:
+            raise UsageError(
+                f"LiveSettings: address_callers={self.address_callers}; need 1 or more"
+            )
         if not self.backoff_most_s >= self.backoff_s:
             raise UsageError(
                 f"LiveSettings: backoff_most_s={self.backoff_most_s} is less than "

@@ -1,32 +1,39 @@
-"""One peer's sockets: a listener, and one TCP connection for each peer that it sends to.
+"""One peer's sockets: a listener, and connections to each peer that it sends to.
 
-A connection carries frames one way, from the peer that opened it. It is opened when the first
-message is sent. The caller greets, the called peer welcomes or refuses, then frames follow.
+A connection carries frames one way, from the peer that opened it, and credit, receipts and answers
+to heartbeats the other way. It is opened when the first message is sent. The caller greets, the
+called peer welcomes or refuses, then both speak as `shoal.wire.mux` says.
 
 Nothing here raises for a peer that is dead or hostile: its frames are counted as dropped and its
-connection is closed with a reason. Who a peer is rests on the greeting alone, see `Greeting`.
+connection is closed with a reason. Who a peer is rests on its key (`shoal.wire.handshake`), or on
+its word alone without security (`shoal.wire.frame.Greeting`).
 """
 
 from __future__ import annotations
 
 import asyncio
 import errno
+import os
 import socket
 from collections.abc import Mapping
 from typing import Protocol
 
 from shoal.base.limits import Limits
 from shoal.engine.live.control import Address
-from shoal.engine.live.incoming import Incoming
+from shoal.engine.live.incoming import Incoming, Inlet
 from shoal.engine.live.outgoing import Outgoing
 from shoal.engine.live.settings import LiveSettings
 from shoal.kernel.waits import Ready, Wait
 from shoal.wire import codec
+from shoal.wire.handshake import Credentials, Handshake, Trust
 from shoal.wire.message import Message
 
-_SCRATCH_BYTES = 1 << 18
+_SCRATCH_BYTES = 1 << 16
 _MOST_STRANGERS = 256
 _ACCEPT_PAUSE_S = 0.1
+# Few at a time, so that greetings are heard between them and strangers do not pile up.
+_ACCEPTS = 16
+_SWEEPS_A_STALL = 16
 
 
 class Owner(Protocol):
@@ -44,7 +51,19 @@ class Owner(Protocol):
 
     def closed(self, peer: int, why: str) -> None: ...
 
+    def round_trip(self, seconds: float) -> None: ...
+
     def settle(self) -> None: ...
+
+
+class Reception(Protocol):
+    """Looks at callers before the transport does, and hands them on with `Transport.admit`."""
+
+    def take(self, connection: socket.socket) -> None: ...
+
+    def open(self) -> None:
+        """The run has begun: who waited may be handed on."""
+        ...
 
 
 class Transport:
@@ -60,29 +79,54 @@ class Transport:
         self.digest = bytes(16)
         self.addresses: Mapping[int, Address] = {}
         self.scratch = memoryview(bytearray(_SCRATCH_BYTES))
+        self.credentials: Credentials | None = None
+        """who this peer is; None: everything goes in the clear"""
+        self.trust = Trust()
         self.strangers: set[Incoming] = set()
-        self.incoming: dict[int, Incoming] = {}
+        self.incoming: dict[int, Inlet] = {}
         self.is_up = False
+        self.life = 0
+        """a number of this incarnation's own: nothing of another one's goes on in it"""
+        self._sweeper: asyncio.TimerHandle | None = None
         self._outgoing: dict[int, Outgoing] = {}
         self._listener: socket.socket | None = None
+        self._reception: Reception | None = None
 
     # Life.
 
+    def adopt(self, listener: socket.socket, reception: Reception) -> None:
+        """Use a socket that listens already; callers go to the reception, also before `open`."""
+        self._listener = listener
+        self._reception = reception
+
     def bind(self) -> Address:
-        """Take a free port. Callers are kept waiting until `open`."""
-        self._listener = listener = socket.create_server((self.settings.host, 0), backlog=1024)
+        """Take a free port, unless a socket was adopted. Callers are kept waiting until `open`."""
+        listener = self._listener
+        if listener is None:
+            listener = socket.create_server((self.settings.host, 0), backlog=1024)
+        self._listener = listener
         listener.setblocking(False)
+        if self._reception is not None:
+            self.loop.add_reader(listener, self._accept)
         return listener.getsockname()[:2]
 
-    def open(self, addresses: Mapping[int, Address], digest: bytes) -> None:
+    def open(
+        self, addresses: Mapping[int, Address], digest: bytes, keys: Mapping[int, bytes]
+    ) -> None:
         """Begin to answer callers and to call the others."""
         assert self._listener is not None
+        self.trust = Trust(keys, frozenset(self.settings.allow))
         self.addresses = addresses
         self.digest = digest
         self.loop.add_reader(self._listener, self._accept)
+        if self._reception is not None:
+            # Once the start is over: whom the peer admits depends on whether it is up by then.
+            self.loop.call_soon(self._reception.open)
+        self._sweep()
 
     def up(self) -> None:
         self.is_up = True
+        self.life = int.from_bytes(os.urandom(8), "little")
 
     def down(self) -> None:
         """Drop every connection at once, with all that is queued; callers are turned away.
@@ -93,11 +137,16 @@ class Transport:
         for outgoing in list(self._outgoing.values()):
             outgoing.fail("dead")
         self._outgoing.clear()
-        for incoming in [*self.incoming.values(), *self.strangers]:
-            incoming.close(abrupt=True)
+        for inlet in self.incoming.values():
+            inlet.close()
+        self.incoming.clear()
+        for stranger in list(self.strangers):
+            stranger.close(abrupt=True)
 
     def close(self) -> None:
         self.is_up = False
+        if self._sweeper is not None:
+            self._sweeper.cancel()
         if self._listener is not None:
             self.loop.remove_reader(self._listener)
             self._listener.close()
@@ -108,7 +157,7 @@ class Transport:
 
     def send(self, to: int, frame: list[codec.Buffer]) -> Wait | None:
         """Queue a frame; a wait when that made the queue to this peer longer than its limit."""
-        if not self.is_up:
+        if not self.is_up or to not in self.addresses:
             self.owner.lost("dead", 1)
             return None
         outgoing = self._outgoing.get(to)
@@ -125,9 +174,15 @@ class Transport:
         return outgoing.flush_wait() if outgoing is not None else None
 
     @property
-    def waiting_bytes(self) -> int:
-        """Bytes that are queued for any peer."""
-        return sum(outgoing.outbox.waiting_bytes for outgoing in self._outgoing.values())
+    def busy(self) -> bool:
+        """Whether a frame for any peer is not written, or a large one not received."""
+        return any(outgoing.busy for outgoing in self._outgoing.values())
+
+    def handshake(self, target: int | None = None) -> Handshake | None:
+        """For a connection to the target, or from whoever calls; None without security."""
+        if self.credentials is None:
+            return None
+        return Handshake(self.credentials, self.peer, self.digest, self.trust.check, target)
 
     def seen(self, peer: int) -> None:
         """A sign of life: call that peer again without waiting for the pause to end."""
@@ -135,11 +190,24 @@ class Transport:
         if outgoing is not None:
             outgoing.forgive()
 
+    def _sweep(self) -> None:
+        """Look after what no event of a socket would tell: heartbeats, and who is too slow."""
+        settings = self.settings
+        every_s = min(settings.heartbeat_s / 4, settings.stall_s / _SWEEPS_A_STALL)
+        self._sweeper = self.loop.call_later(every_s, self._sweep)
+        now_s = self.loop.time()
+        for outgoing in list(self._outgoing.values()):
+            outgoing.beat(now_s)
+        for source, inlet in list(self.incoming.items()):
+            if inlet.sweep(now_s):
+                del self.incoming[source]
+        self.owner.settle()
+
     # Callers.
 
     def _accept(self) -> None:
         assert self._listener is not None
-        for _ in range(64):
+        for _ in range(_ACCEPTS):
             try:
                 connection, _ = self._listener.accept()
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
@@ -152,10 +220,25 @@ class Transport:
                 self.loop.remove_reader(self._listener)
                 self.loop.call_later(_ACCEPT_PAUSE_S, self._listen_again)
                 return
-            if not self.is_up or len(self.strangers) >= _MOST_STRANGERS:
-                connection.close()
+            if self._reception is not None:
+                self._reception.take(connection)
             else:
-                self.strangers.add(Incoming(self, connection))
+                self.admit(connection)
+
+    def admit(self, connection: socket.socket) -> None:
+        """A caller who wants to send messages, as far as is known."""
+        try:
+            host = connection.getpeername()[0]
+        except OSError:
+            connection.close()
+            return
+        if not self.is_up or len(self.strangers) >= _MOST_STRANGERS:
+            connection.close()
+        elif sum(each.host == host for each in self.strangers) >= self.settings.address_callers:
+            self.owner.lost("greeting", 1)
+            connection.close()
+        else:
+            self.strangers.add(Incoming(self, connection, host))
 
     def _listen_again(self) -> None:
         if self._listener is not None:

@@ -1,0 +1,301 @@
+"""One connection that this peer opened: calls, greets, writes what its lane hands out.
+
+Writes gather the buffers of many frames without joining them, so a tensor goes from its own memory
+to the operating system's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import socket
+import struct
+from collections.abc import Callable
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from shoal.base.errors import HandshakeError, WireError
+from shoal.wire.frame import ANSWER_BYTES, Greeting, unpack_answer
+from shoal.wire.handshake import Handshake
+from shoal.wire.outflow import Lane
+from shoal.wire.session import Session, memory, opened
+
+if TYPE_CHECKING:
+    from shoal.engine.live.outgoing import Outgoing
+
+# What one turn of the loop may write to one connection, so that the others get their turns.
+_TURN_BYTES = 1 << 22
+# What the operating system may keep unsent: a heartbeat waits behind that on a slow link.
+_UNSENT_BYTES = 1 << 19
+_RESET = struct.pack("ii", 1, 0)
+
+
+class Call:
+    """A connection of `outgoing`, from the first packet to its end; then another one is made."""
+
+    def __init__(self, outgoing: Outgoing, number: int) -> None:
+        self.lane = Lane(
+            outgoing.flow, number, outgoing.transport.settings.connections, outgoing.transport.life
+        )
+        self.number = number
+        self.heard_s = 0.0
+        self._outgoing = outgoing
+        self._loop = outgoing.transport.loop
+        self._answer = b""
+        self._handshake: Handshake | None = None
+        self._session: Session | None = None
+        self.sealed = memoryview(b"")
+        """what is sealed and not written"""
+        self._welcome = False
+        self._watched = False
+        self._pings = 0
+        self._pinged_s = 0.0
+        self._timer: asyncio.TimerHandle | None = None
+        self._socket: socket.socket | None = None
+
+    def begin(self) -> None:
+        """Call; may fail at once."""
+        transport, target = self._outgoing.transport, self._outgoing.target
+        address = transport.addresses[target]
+        self._socket = sock = socket.socket(_family(address[0]), socket.SOCK_STREAM)
+        sock.setblocking(False)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if hasattr(socket, "TCP_NOTSENT_LOWAT"):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT_BYTES)
+        code = sock.connect_ex(address)
+        if code not in (0, errno.EINPROGRESS):
+            self._outgoing.fail("dead")
+            return
+        self._timer = self._loop.call_later(transport.settings.handshake_s, self._late)
+        self._loop.add_writer(sock, self._turn(self._connected))
+
+    def close(self) -> None:
+        """Forget the connection; what it had of the flow goes back."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._socket is not None:
+            self._loop.remove_reader(self._socket)
+            self._loop.remove_writer(self._socket)
+            reset(self._socket)
+            self._socket = None
+            self.lane.drop()
+
+    def _turn(self, action: Callable[[], None]) -> Callable[[], None]:
+        def turn() -> None:
+            try:
+                action()
+            finally:
+                self._outgoing.transport.owner.settle()
+
+        return turn
+
+    def _late(self) -> None:
+        self._timer = None
+        self._outgoing.fail("dead", f"peer {self._outgoing.target} did not answer in time")
+        self._outgoing.transport.owner.settle()
+
+    def _connected(self) -> None:
+        sock, outgoing = self._socket, self._outgoing
+        assert sock is not None
+        self._loop.remove_writer(sock)
+        if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+            outgoing.fail("dead")
+            return
+        transport = outgoing.transport
+        self._handshake = transport.handshake(outgoing.target)
+        if self._handshake is not None:
+            greeting = self._handshake.begin()
+        else:
+            greeting = Greeting(transport.peer, outgoing.target, transport.digest).pack()
+        try:
+            # A fresh socket's buffer takes these few bytes whole.
+            sock.send(greeting)
+        except OSError:
+            outgoing.fail("dead")
+            return
+        self._loop.add_reader(sock, self._turn(self._readable))
+
+    # Reading.
+
+    def _readable(self) -> None:
+        outgoing = self._outgoing
+        try:
+            if self._welcome:
+                count = self._read()
+            else:
+                count = self._hear_answer()
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError:
+            count = 0
+        if not count:
+            outgoing.broken(self)
+        elif self._welcome:
+            self._hear()
+
+    def _shake(self, handshake: Handshake) -> int:
+        assert self._socket is not None
+        outgoing = self._outgoing
+        data = self._socket.recv(handshake.missing)
+        try:
+            if data and (reply := handshake.receive(data)):
+                self._socket.send(reply)
+        except HandshakeError as error:
+            if error.reason != "refused":
+                with suppress(OSError):  # It may be gone; then there is nobody to tell.
+                    self._socket.send(handshake.refusal(error))
+            outgoing.fail("refused", f"no session with peer {outgoing.target}: {error}")
+            return 1
+        if handshake.session is not None:
+            self._session, self._handshake = handshake.session, None
+            self._welcome = True
+            outgoing.transport.owner.dirty[outgoing] = None
+        return len(data)
+
+    def _hear_answer(self) -> int:
+        if self._handshake is not None:
+            return self._shake(self._handshake)
+        assert self._socket is not None
+        data = self._socket.recv(ANSWER_BYTES - len(self._answer))
+        self._answer += data
+        if len(self._answer) == ANSWER_BYTES:
+            try:
+                refusal = unpack_answer(self._answer)
+            except WireError as error:
+                refusal = str(error)
+            if refusal:
+                outgoing = self._outgoing
+                outgoing.fail(
+                    "refused", f"peer {outgoing.target} refused the connection: {refusal}"
+                )
+                return 1
+            self._welcome = True
+            self._outgoing.transport.owner.dirty[self._outgoing] = None
+        return len(data)
+
+    def _read(self) -> int:
+        """Bytes from the connection into the lane's cutter; 0 at its end."""
+        assert self._socket is not None
+        if self._session is not None:
+            received, plain = memory()
+            count = self._socket.recv_into(self._session.space(received))
+            self.lane.cutter.feed(opened(self._session, count, received, plain))
+            return count
+        scratch = self._outgoing.transport.scratch
+        count = self._socket.recvmsg_into(self.lane.cutter.space(scratch))[0]
+        self.lane.cutter.received(count, scratch)
+        return count
+
+    def _hear(self) -> None:
+        lane, outgoing = self.lane, self._outgoing
+        was_ready, was_answered = lane.ready, lane.pong
+        self.heard_s = now_s = self._loop.time()
+        try:
+            lane.heard()
+        except WireError as error:
+            outgoing.fail("dead", f"closed the connection to peer {outgoing.target}: {error}")
+            return
+        if lane.ready and not was_ready:
+            assert self._timer is not None
+            self._timer.cancel()
+            self._timer = None
+            outgoing.opened()
+            self._pinged_s = now_s
+        if lane.pong > was_answered and lane.pong == self._pings:
+            outgoing.transport.owner.round_trip(now_s - self._pinged_s)
+        outgoing.heard()
+
+    # Heartbeats.
+
+    def beat(self, now_s: float) -> str:
+        """Ping when it is time; why the connection is given up, or nothing."""
+        settings = self._outgoing.transport.settings
+        if not self.lane.ready:
+            return ""
+        if now_s - self.heard_s > settings.dead_after_s:
+            return f"heard nothing for {settings.dead_after_s} s"
+        if now_s - self._pinged_s >= settings.heartbeat_s:
+            self._ping(now_s)
+        return ""
+
+    def _ping(self, now_s: float) -> None:
+        if self.lane.pong == self._pings or not self._pings:
+            # One at a time: a busy peer is not asked again before it has answered.
+            self._pings += 1
+            self._pinged_s = now_s
+            self.lane.ping(self._pings)
+            self._outgoing.transport.owner.dirty[self._outgoing] = None
+
+    # Writing.
+
+    def write(self) -> None:
+        """Write until the socket is full, the lane empty, or the turn over."""
+        sock, lane = self._socket, self.lane
+        if sock is None or not self._welcome:
+            return
+        budget = _TURN_BYTES
+        blocked = False
+        try:
+            while budget > 0:
+                if self._session is not None:
+                    written = self._write_sealed(sock, self._session)
+                elif head := lane.head():
+                    written = sock.sendmsg(head)
+                    lane.advance(written)
+                else:
+                    written = 0
+                if not written:
+                    break
+                budget -= written
+        except (BlockingIOError, InterruptedError):
+            blocked = True
+        except OSError:
+            self._outgoing.broken(self)
+            return
+        wants = blocked or bool(self.sealed) or lane.wants
+        if wants != self._watched:
+            self._watched = wants
+            if wants:
+                self._loop.add_writer(sock, self._turn(self._writable))
+            else:
+                self._loop.remove_writer(sock)
+
+    def _write_sealed(self, sock: socket.socket, session: Session) -> int:
+        """Write the rest of what was sealed, or else seal and write more; how many bytes went."""
+        if self.sealed:
+            written = sock.send(self.sealed)
+            self.sealed = self.sealed[written:]
+            return written
+        head = self.lane.head()
+        if not head:
+            return 0
+        sealed, taken = session.seal(head, memory()[0])
+        # Sealed is as good as written: these bytes come next, whatever the lane gets meanwhile.
+        self.lane.advance(taken)
+        try:
+            written = sock.send(sealed)
+        except (BlockingIOError, InterruptedError):
+            written = 0
+        # The memory is shared, so what stays is copied.
+        self.sealed = memoryview(bytes(sealed[written:]))
+        return written
+
+    def _writable(self) -> None:
+        self._outgoing.write(self)
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing wakes it when something is to be written."""
+        return self._welcome and not self._watched
+
+
+def _family(host: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
+
+
+def reset(sock: socket.socket) -> None:
+    """Close without lingering: what is in the buffers is dropped, and the other side is told."""
+    with suppress(OSError):  # Not connected yet: an ordinary close does the same.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+    sock.close()
