@@ -10,6 +10,7 @@ allows 65,535 bytes; longer records cost less, and the length is not of the esse
 from __future__ import annotations
 
 import struct
+import threading
 from collections.abc import Iterable, Iterator
 
 from shoal.base.errors import Forged
@@ -25,6 +26,7 @@ SCRATCH_BYTES = 4 * (RECORD_BYTES + OVERHEAD_BYTES)
 
 # Shorter buffers are copied together into one record; longer ones are sealed where they are.
 _JOINED_BYTES = 1 << 13
+_local = threading.local()
 
 
 class Session:
@@ -149,6 +151,26 @@ class Session:
                 "(changed, replayed, reordered or reflected)"
             ) from None
         return place
+
+
+def memory() -> tuple[memoryview, memoryview]:
+    """Two pieces of `SCRATCH_BYTES` that all sessions of a thread share, for what is sealed and for
+    plaintext. They are good for one call; keep what must stay."""
+    pieces = getattr(_local, "pieces", None)
+    if pieces is None:
+        pieces = _local.pieces = tuple(memoryview(bytearray(SCRATCH_BYTES)) for _ in range(2))
+    return pieces
+
+
+def opened(session: Session, count: int, memory: memoryview, place: memoryview) -> memoryview:
+    """The plaintext of all records that are complete after `count` bytes, one after the other in
+    the place, which needs as much room as the memory. Raises Forged."""
+    at = 0
+    for record in session.records(count, memory):
+        end = at + len(record) - TAG_BYTES
+        session.open(record, place[at:end])
+        at = end
+    return place[:at]
 
 
 def check_length(size: int) -> None:

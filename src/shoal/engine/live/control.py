@@ -7,7 +7,7 @@ of a network ever reaches it.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from shoal.base.limits import Limits
@@ -57,6 +57,8 @@ class Ready:
 
     addresses: Mapping[int, Address]
     schemas: Mapping[str, str]
+    keys: Mapping[int, bytes] = field(default_factory=dict)
+    """its peers' public keys; none without security"""
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,8 @@ class Start:
     addresses: Mapping[int, Address]
     digest: bytes
     unix_ns: int
+    keys: Mapping[int, bytes] = field(default_factory=dict)
+    """all peers' public keys"""
 
 
 @dataclass(frozen=True)

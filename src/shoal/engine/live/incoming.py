@@ -8,7 +8,7 @@ from contextlib import suppress
 from time import perf_counter
 from typing import TYPE_CHECKING
 
-from shoal.base.errors import DecodeError, Forged, HandshakeError, MessageTooLarge
+from shoal.base.errors import DecodeError, HandshakeError, MessageTooLarge
 from shoal.engine.live.calling import reset
 from shoal.wire import codec
 from shoal.wire.frame import GREETING_BYTES, Greeting, pack_answer

@@ -30,7 +30,7 @@ from shoal.world.record import Happening, Row, Run, digest_of
 # How far ahead the start is announced: longer than a command takes to reach a process.
 _AHEAD_NS = {True: 10_000_000, False: 200_000_000}
 # Reasons for which a message that was sent did not arrive; the others are a receiver's own.
-_ON_THE_WAY = ("lost", "dead", "partition", "corrupt", "refused")
+ON_THE_WAY = ("lost", "dead", "partition", "corrupt", "refused")
 
 
 class Observer(Protocol):
@@ -168,7 +168,8 @@ class _Launch:
         digest = agreement(os.urandom(16), self._schemas())
         ahead = _AHEAD_NS[len(self._members) == 1]
         self._start_s = monotonic() + ahead / 1e9
-        self._broadcast(control.Start(addresses, digest, time_ns() + ahead))
+        keys = {p: key for ready in self._ready.values() for p, key in ready.keys.items()}
+        self._broadcast(control.Start(addresses, digest, time_ns() + ahead, keys))
 
     def _schemas(self) -> dict[str, str]:
         """Every message that any process declares; all must mean the same by a name."""
@@ -285,7 +286,7 @@ class _Launch:
             merged.virtual_s = max(merged.virtual_s, run.virtual_s)
             _add(merged.dropped, run.dropped)
             _add(merged.bytes_by_kind, run.bytes_by_kind)
-        on_the_way = sum(merged.dropped.get(reason, 0) for reason in _ON_THE_WAY)
+        on_the_way = sum(merged.dropped.get(reason, 0) for reason in ON_THE_WAY)
         merged.messages_in_flight = merged.messages_sent - merged.messages_delivered - on_the_way
         merged.rows.sort(key=lambda row: row.time_s)
         merged.happenings += self._deaths

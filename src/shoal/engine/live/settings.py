@@ -54,7 +54,7 @@ class LiveSettings:
             )
         if self.allow and self.security == "none":
             raise UsageError(
-                "LiveSettings: allow needs security=\"noise\" (nobody proves a name in the clear)"
+                'LiveSettings: allow needs security="noise" (nobody proves a name in the clear)'
             )
         for name in self.allow:
             if not is_name(name):
