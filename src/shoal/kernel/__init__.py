@@ -4,6 +4,7 @@ peer.py     what a program sees (`Peer`, `Program`, `Store`, `Envelope`)
 waits.py    what a task can wait for; every wait is a token that resolves at most once
 tasks.py    structured tasks, cancellation, the ready queue
 mailbox.py  matching of messages to waits
+datagrams.py  packets to endpoints: sockets that a crash closes
 runtime.py  one peer: tasks, mailbox, handlers, requests; implements `Peer` over a `Host`
 host.py     what an engine must offer to a runtime
 

@@ -10,6 +10,7 @@ from shoal.kernel.waits import Ready, Wait
 from shoal.wire.message import Message
 
 if TYPE_CHECKING:
+    from shoal.kernel.datagrams import Endpoint, Socket
     from shoal.kernel.peer import Batching, Cost
     from shoal.kernel.runtime import Runtime
 
@@ -50,6 +51,16 @@ class Host(Protocol):
     def commit(self, runtime: Runtime, items: Mapping[str, Any]) -> Wait: ...
 
     def stored(self, runtime: Runtime, key: str) -> Any: ...
+
+    def bind(self, socket: Socket, port: int) -> Endpoint:
+        """Open a datagram port, 0 = any; the endpoint as the peer itself knows it."""
+        ...
+
+    def emit(self, socket: Socket, data: bytes, to: Endpoint) -> None:
+        """Send a datagram; nobody learns whether it arrives."""
+        ...
+
+    def unbind(self, socket: Socket) -> None: ...
 
     def neighbors(self, runtime: Runtime) -> Sequence[int]: ...
 

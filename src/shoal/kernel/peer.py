@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from shoal.kernel.datagrams import Datagrams
     from shoal.kernel.tasks import TaskGroup
 
 T = TypeVar("T")
@@ -73,6 +74,7 @@ class Peer(Protocol):
     id: PeerId
     roster: tuple[PeerId, ...]
     store: Store
+    datagrams: Datagrams
     round: int
 
     @property

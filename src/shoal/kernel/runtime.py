@@ -16,6 +16,7 @@ from shoal.base.errors import (
 )
 from shoal.base.ids import ANY, PeerId, Tag
 from shoal.base.units import FOREVER, NANOSECONDS, to_ns, to_s
+from shoal.kernel.datagrams import DATAGRAM, Datagrams
 from shoal.kernel.host import Host
 from shoal.kernel.mailbox import Mailbox, require_message
 from shoal.kernel.peer import Batching, Cost, Envelope, Program, Store
@@ -57,6 +58,7 @@ class Runtime:
         self.tasks_alive: dict[Task, None] = {}
         self.mailbox = Mailbox(host.limits, host.drop)
         self.store: Store = RuntimeStore(self)
+        self.datagrams = Datagrams(self)
         self._draws = keyed.fold(0, seed, "peer", peer)
         self._handlers: dict[type, Callable[[Any], Awaitable[object]]] = {}
         self._handling: dict[type, int] = {}
@@ -79,6 +81,10 @@ class Runtime:
         self._transmit = self.host.transmit
         self.root = self.spawn(program.run(self), None, False)
 
+    def number_requests_from(self, first: int) -> None:
+        """For a peer whose process began anew: an answer to its earlier life fits no request."""
+        self._requests = first
+
     def kill(self) -> None:
         """Crash: close every coroutine, newest first, and forget everything but the store.
 
@@ -89,6 +95,7 @@ class Runtime:
         for task in reversed(list(self.tasks_alive)):
             task.kill()
         self.tasks_alive.clear()
+        self.datagrams.close()
         self.root = None
 
     def mute(self) -> None:
@@ -112,7 +119,7 @@ class Runtime:
         """What a dead peer waits for: nothing ever resolves it."""
         return Wait(self.ready)
 
-    def _past(self, now_ns: int) -> None:
+    def past(self, now_ns: int) -> None:
         """A deadline was past when its wait began; virtual time can't pass a loop of these."""
         if now_ns != self._spins_ns:
             self._spins_ns = now_ns
@@ -138,6 +145,8 @@ class Runtime:
         request = envelope.request
         if not (request or self._handlers):
             self.mailbox.put(envelope)
+        elif request == DATAGRAM:
+            self.datagrams.deliver(envelope.message)
         elif request < 0:
             wait = self._pending.pop((envelope.source, -request), None)
             if wait is None:
@@ -256,7 +265,7 @@ class Runtime:
         at = to_ns(deadline)
         if at < FOREVER and at <= (now := host.local_ns(self)):
             mailbox.waiting(kind)
-            self._past(now)
+            self.past(now)
             return None
         waits = mailbox.waits.get(kind)
         if waits is None:
@@ -285,7 +294,7 @@ class Runtime:
             wait.close()
             wait.done = True
             if at <= now:
-                self._past(now)
+                self.past(now)
             return wait.result()  # type: ignore[return-value]
         self.host.set_timer(self, at, wait)
         return await wait
@@ -300,7 +309,7 @@ class Runtime:
         what = f"{type(message).__name__} sent to peer {to}"
         now = self.host.local_ns(self)
         if at <= now:
-            self._past(now)
+            self.past(now)
             raise DeadlineExceeded(f"deadline passed before {what}")
         self._requests += 1
         # Registered before the message leaves: the answer may overtake the end of back-pressure.
@@ -335,7 +344,7 @@ class Runtime:
         at = to_ns(time_s)
         now = self.host.local_ns(self)
         if at <= now:
-            self._past(now)
+            self.past(now)
             return
         wait = Wait(self.ready)
         self.host.set_timer(self, at, wait)

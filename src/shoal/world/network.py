@@ -1,4 +1,4 @@
-"""What surrounds the peers: graph, links, devices and faults, as one value."""
+"""What surrounds the peers: graph, links, devices, faults and NAT boxes, as one value."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from shoal.base.errors import UsageError
 from shoal.world.device import Device
 from shoal.world.faults import Fault, check
 from shoal.world.links import Links
+from shoal.world.nat import NatBox
+from shoal.world.nat import check as check_nats
 
 if TYPE_CHECKING:
     from shoal.world.topology import Topology
@@ -16,13 +18,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Network:
-    """Everything around `peers` peers. Without a topology everybody is everybody's neighbour."""
+    """Everything around `peers` peers. Without a topology everybody is everybody's neighbour.
+
+    NAT boxes concern datagrams alone; a peer that is behind none is public.
+    """
 
     peers: int
     topology: Topology | None = None
     links: Links = field(default_factory=Links)
     device: Device = field(default_factory=Device)
     faults: tuple[Fault, ...] = ()
+    nats: tuple[NatBox, ...] = ()
 
     def __post_init__(self) -> None:
         if self.peers < 1:
@@ -33,3 +39,4 @@ class Network:
                 f"{self.peers} (give both the same number)"
             )
         object.__setattr__(self, "faults", check(self.faults, self.peers))
+        object.__setattr__(self, "nats", check_nats(self.nats, self.peers))

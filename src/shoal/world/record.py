@@ -64,7 +64,9 @@ class Run:
     """sent, and neither delivered nor dropped on the way when the run ended"""
     dropped: dict[str, int] = field(default_factory=dict)
     """what came to nothing, by reason. On the way: lost, dead, partition, corrupt, so that sent =
-    delivered + these + in flight. At the receiver: mailbox, closed, busy, late answer, ..."""
+    delivered + these + in flight. At the receiver: mailbox, closed, busy, late answer, ..., and of
+    datagrams filtered (its NAT box let them not in), no socket, socket full; a datagram to an
+    address that nobody has (no route) was never sent"""
     bytes_by_kind: dict[str, int] = field(default_factory=dict)
     virtual_s: float = 0.0
     wall_s: float = 0.0

@@ -26,10 +26,12 @@ from shoal.base.limits import DEFAULT, Limits
 from shoal.base.stopwatch import Stopwatch
 from shoal.base.units import FOREVER, to_ns, to_s
 from shoal.engine.event.batching import Batcher
+from shoal.engine.event.datagrams import Datagrams
 from shoal.engine.event.delivery import Delivery
 from shoal.engine.event.outages import Outages
 from shoal.engine.executor import Executor, Local
 from shoal.engine.traffic import Traffic
+from shoal.kernel.datagrams import Endpoint, Socket
 from shoal.kernel.peer import Batching, Cost, Program
 from shoal.kernel.runtime import Runtime
 from shoal.kernel.tasks import drain
@@ -141,6 +143,7 @@ class Simulation:
         self._stores: list[dict[str, Any]] = [{} for _ in range(network.peers)]
         self._params: dict[int, Tensor] = {}
         self._traffic = Traffic()
+        self._datagrams: Datagrams | None = None
         self._full = tuple(range(network.peers)) if network.topology is None else None
         self._error: tuple[Runtime, BaseException] | None = None
         self._running = 0
@@ -316,6 +319,21 @@ class Simulation:
                 at = self._clocks[wait.task.runtime.id].run_ns(entry[4])
                 self.heap[place] = (max(now, at), *entry[1:])
         heapify(self.heap)
+
+    # Host: datagrams.
+
+    def bind(self, socket: Socket, port: int) -> Endpoint:
+        if self._datagrams is None:
+            self._datagrams = Datagrams(self, self.result.seed)
+        return self._datagrams.bind(socket, port)
+
+    def emit(self, socket: Socket, data: bytes, to: Endpoint) -> None:
+        assert self._datagrams is not None
+        self._datagrams.emit(socket, data, to)
+
+    def unbind(self, socket: Socket) -> None:
+        assert self._datagrams is not None
+        self._datagrams.unbind(socket)
 
     # Host: work and memory.
 

@@ -18,6 +18,7 @@ from shoal.base.stopwatch import Stopwatch
 from shoal.base.units import to_s
 from shoal.engine.live import control
 from shoal.engine.live.compute import Compute
+from shoal.engine.live.datagrams import Datagrams
 from shoal.engine.live.delivery import Delivery
 from shoal.engine.live.memory import Memory
 from shoal.engine.live.outgoing import Outgoing
@@ -68,6 +69,10 @@ class Driver:
         self.delivery = Delivery(self)
         self.transmit = self.delivery.transmit
         self.flush = self.delivery.flush
+        datagrams = Datagrams(self)
+        self.bind = datagrams.bind
+        self.emit = datagrams.emit
+        self.unbind = datagrams.unbind
         self.schedule = Schedule(self, network.faults)
         self._report = report
         self._stopping = loop.create_future()

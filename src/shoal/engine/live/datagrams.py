@@ -1,0 +1,90 @@
+"""Datagrams on real UDP sockets.
+
+Faults on links act where both sides' peers live in this process; NAT boxes are whatever stands in
+the way for real.
+"""
+
+from __future__ import annotations
+
+import socket
+from typing import TYPE_CHECKING
+
+from shoal.base.errors import UsageError
+from shoal.kernel.datagrams import HEADER_BYTES, Datagram, Endpoint, Socket
+from shoal.wire.message import message_key
+
+if TYPE_CHECKING:
+    from shoal.engine.live.driver import Driver
+
+_READS = 64
+"""Datagrams taken from one socket before the others get their turn."""
+_MOST_BYTES = 65536
+
+
+class Datagrams:
+    """The UDP sockets of the peers of one process."""
+
+    def __init__(self, driver: Driver) -> None:
+        self._driver = driver
+        self._udp: dict[Socket, socket.socket] = {}
+        self._peers: dict[Endpoint, int] = {}
+
+    def bind(self, opened: Socket, port: int) -> Endpoint:
+        """Open a port; it is read from the next turn of the loop on."""
+        driver = self._driver
+        udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        try:
+            udp.setblocking(False)
+            udp.bind((driver.plan.settings.host, port))
+        except OSError as error:
+            udp.close()
+            raise UsageError(
+                f"datagrams.open: port {port} cannot be had: {error} (use port=0)"
+            ) from error
+        local = Endpoint(*udp.getsockname()[:2])
+        self._udp[opened] = udp
+        self._peers[local] = opened.runtime.id
+        driver.loop.add_reader(udp, self._read, opened, udp)
+        return local
+
+    def emit(self, opened: Socket, data: bytes, to: Endpoint) -> None:
+        """Send at once; what the operating system does not take is lost, and counted."""
+        driver, source = self._driver, opened.runtime.id
+        driver.result.messages_sent += 1
+        driver.result.bytes_sent[source] += HEADER_BYTES + len(data)
+        kinds = driver.result.bytes_by_kind
+        kinds["Datagram"] = kinds.get("Datagram", 0) + HEADER_BYTES + len(data)
+        target = self._peers.get(to)
+        if target is not None and not driver.delivery.proxy.quiet:
+            key = message_key(Datagram.code, (opened.local.port, to.port))
+            if reason := driver.delivery.proxy.stopped(source, target, key):
+                driver.drop(reason)
+                return
+        try:
+            self._udp[opened].sendto(data, to)
+        except OSError:
+            driver.drop("lost")
+
+    def unbind(self, opened: Socket) -> None:
+        udp = self._udp.pop(opened)
+        self._peers.pop(opened.local, None)
+        self._driver.loop.remove_reader(udp)
+        udp.close()
+
+    def _read(self, opened: Socket, udp: socket.socket) -> None:
+        driver = self._driver
+        for _ in range(_READS):
+            if opened.closed:
+                return
+            try:
+                data, source = udp.recvfrom(_MOST_BYTES)
+            except (BlockingIOError, InterruptedError):
+                break
+            except OSError:
+                # The report of an earlier packet that reached nobody.
+                continue
+            driver.events += 1
+            driver.result.messages_delivered += 1
+            driver.result.bytes_received[opened.runtime.id] += HEADER_BYTES + len(data)
+            opened.arrived(data, Endpoint(*source[:2]))
+            driver.settle()
