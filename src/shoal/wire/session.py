@@ -158,7 +158,8 @@ def memory() -> tuple[memoryview, memoryview]:
     plaintext. They are good for one call; keep what must stay."""
     pieces = getattr(_local, "pieces", None)
     if pieces is None:
-        pieces = _local.pieces = tuple(memoryview(bytearray(SCRATCH_BYTES)) for _ in range(2))
+        pieces = memoryview(bytearray(SCRATCH_BYTES)), memoryview(bytearray(SCRATCH_BYTES))
+        _local.pieces = pieces
     return pieces
 
 

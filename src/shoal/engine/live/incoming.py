@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from shoal.engine.live.transport import Transport
 
 # One turn's longest: a peer that floods this one makes the others wait so long, and not longer.
-_TURN_S = 0.0005
+_TURN_S = 0.0002
 # Reads of one turn while chunks come; each takes up to a chunk.
 _READS = 4
 _STALL_BYTES_PER_S = 1024
@@ -108,11 +108,13 @@ class Incoming:
 
     def _late(self) -> None:
         if self.source < 0:
-            self._refuse("no greeting in time")
+            self._refuse("no greeting in time", None if self._handshake is None else b"")
         else:
             self._cut_off("said no hello in time")
 
     def _readable(self) -> None:
+        if self._again is not None:
+            return  # What was read before comes first.
         try:
             if self.source < 0:
                 self._greet()
@@ -162,7 +164,10 @@ class Incoming:
             ):
                 raise HandshakeError("peer", f"no peer {remote.source} here")
         except HandshakeError as error:
-            told = handshake.refusal(error) if error.reason != "refused" else b""
+            if error.reason == "clear":
+                told = pack_answer("this peer encrypts and you do not")
+            else:
+                told = handshake.refusal(error) if error.reason != "refused" else b""
             self._refuse(str(error), told)
             return
         if reply:
@@ -193,6 +198,8 @@ class Incoming:
         if self._socket is not None:
             with suppress(OSError):  # The caller may be gone; then there is nobody to tell.
                 self._socket.send(pack_answer(why) if told is None else told)
+                # Closing with bytes unread would throw away the answer as well.
+                self._socket.recv(1 << 12)
         self.close()
 
     def _welcome(self, source: int) -> None:
@@ -304,14 +311,12 @@ class Incoming:
         """The others' turn; then this connection goes on with what it has, before it reads."""
         assert self._socket is not None
         self._receiver.cutter.hold()
-        self._loop.remove_reader(self._socket)
         self._again = self._loop.call_soon(self._go_on)
 
     def _go_on(self) -> None:
         self._again = None
         if self._socket is None:
             return
-        self._loop.add_reader(self._socket, self._readable)
         try:
             self._take()
             self._write()
