@@ -51,7 +51,7 @@ def command(
     """
     from shoal.cli.console import run_and_save, show_report, show_report_json
 
-    experiment = _experiment(what)
+    experiment = experiment_of(what)
     if engine is not None:
         experiment.engine = engine_name(engine)
     experiment.overrides = overrides(settings, peers, device)
@@ -62,7 +62,8 @@ def command(
     raise typer.Exit(report.exit_code)
 
 
-def _experiment(what: str) -> Experiment:
+def experiment_of(what: str) -> Experiment:
+    """What a file or a system's card describes."""
     from shoal.lab.card import Arm
     from shoal.lab.discover import load
     from shoal.lab.experiment import Experiment
