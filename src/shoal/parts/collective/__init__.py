@@ -1,0 +1,1 @@
+"""Collective operations of a group whose members come and go."""

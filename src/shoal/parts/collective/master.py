@@ -1,0 +1,494 @@
+"""The master of a group: one state machine that counts votes and moves no tensors.
+
+A peer is registered by its first status and accepted by the next `update_topology` of all. Every
+transition fires when all accepted peers have voted for it; a peer that drops out leaves the vote
+set, and what the others wait for is looked at again at once. Of each label at most one operation
+runs in a group:
+
+    initiate   all have voted with equal signatures     -> started, with a number and a ring
+    perform    all survivors have the result            -> committed
+               a participant was lost, gave up, or its
+               link carries nothing                     -> aborted: every survivor keeps its input
+
+Deaths show as missing statuses; there is no other source. PCCL (arXiv 2505.14065), sections on the
+master and its micro-consensus.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from shoal.base.errors import UsageError
+from shoal.base.ids import PeerId
+from shoal.kernel.peer import Peer
+from shoal.parts.collective._wire import (
+    ABORTED,
+    COMMITTED,
+    DIVERGED,
+    DONE,
+    FAILED,
+    FEW,
+    INITIATE,
+    MISMATCH,
+    STARTED,
+    Ruling,
+    Status,
+    Vote,
+    Word,
+)
+from shoal.parts.collective.shared_state import Election
+from shoal.parts.collective.tour import Tour, link_cost
+
+_AVOID = 1e6
+_STRIKES = 3
+
+
+@dataclass(frozen=True)
+class Master:
+    """The program of the peer that keeps the group together; it takes no part in the work.
+
+    heartbeat_s: how often it looks at the time, and how often peers report (their own setting);
+    timeout_s: silence after which a peer is dropped; stalled_s: how long an operation may stand
+    still at some peer before it is aborted even without evidence of the broken link; diverged_s:
+    how long peers may wait for different things. linger_s: it ends this long after the last peer
+    has gone, and at end_s at the latest.
+
+    When its own turn comes late, as on a machine at full load, silence is not held against the
+    peers for that time. A crash of the master ends the group: peers raise MasterLost and begin
+    anew from their own checkpoints.
+
+    >>> Master(timeout_s=0.6).heartbeat_s
+    0.1
+    """
+
+    heartbeat_s: float = 0.1
+    timeout_s: float = 0.6
+    stalled_s: float = 20.0
+    diverged_s: float = 60.0
+    linger_s: float = 2.0
+    end_s: float = float("inf")
+
+    def __post_init__(self) -> None:
+        for name in ("heartbeat_s", "timeout_s", "stalled_s", "diverged_s", "linger_s", "end_s"):
+            if not getattr(self, name) > 0:
+                raise UsageError(f"master: {name}={getattr(self, name)}; need a positive number")
+        if self.timeout_s < 2 * self.heartbeat_s:
+            raise UsageError(
+                f"master: timeout_s={self.timeout_s} is less than two heartbeats of "
+                f"{self.heartbeat_s} s (raise it, or one late status drops a peer)"
+            )
+
+    async def run(self, peer: Peer) -> None:
+        state = State(self, peer.now(), lambda name, who: peer.record(name, who))
+        tick_s = peer.now() + self.heartbeat_s
+        while not state.over(peer.now()):
+            envelope = await peer.recv(Status, deadline=tick_s)
+            now = peer.now()
+            if envelope is not None:
+                state.heard(int(envelope.source), envelope.message, now)
+            # A deadline is met to the nanosecond only.
+            if envelope is None or now >= tick_s:
+                state.tick(now, now - tick_s)
+                tick_s = now + self.heartbeat_s
+            for to, ruling in state.rulings():
+                await peer.send(PeerId(to), ruling)
+
+
+@dataclass
+class _Member:
+    """A registered peer, accepted or not: what it last said, and what it was told."""
+
+    status: Status
+    heard_s: float
+    accepted: bool = False
+    answered: int = 0
+    answer: str = ""
+    detail: bytes = b""
+    words: dict[int, Word] = field(default_factory=dict)
+    since_s: dict[tuple[str, int], float] = field(default_factory=dict)
+    told: Ruling | None = None
+    asked: bool = True
+    number: int = 0
+
+    @property
+    def call(self) -> str:
+        """The joint call that it waits in, unless it has been answered."""
+        return self.status.call if self.status.turn > self.answered else ""
+
+    def vote(self, label: int) -> Vote | None:
+        return next((vote for vote in self.status.votes if vote.label == label), None)
+
+    def opens(self, label: int) -> Vote | None:
+        """Its vote to begin, unless that operation is decided or running."""
+        vote, word = self.vote(label), self.words.get(label)
+        fresh = vote is not None and (word is None or vote.serial > word.serial)
+        return vote if fresh else None
+
+
+class State:
+    """The votes and what follows from them, without time or network of its own."""
+
+    def __init__(self, settings: Master, now_s: float, record: Callable[[str, int], None]) -> None:
+        self.members: dict[int, _Member] = {}
+        self.order: list[int] = []
+        """accepted peers of all groups in the order of their rings"""
+        self.epoch = 0
+        self._settings = settings
+        self._record = record
+        self._gone: dict[int, int] = {}
+        self._refused: list[tuple[int, Ruling]] = []
+        self._running: dict[tuple[int, int], Word] = {}
+        self._operations = 0
+        self._strikes: dict[tuple[int, int], int] = {}
+        self._rates: dict[tuple[int, int], float] = {}
+        self._elections: dict[int, Election] = {}
+        self._last_s = now_s
+        self._met = False
+        self._now_s = now_s
+
+    # What happens.
+
+    def over(self, now_s: float) -> bool:
+        """Whether everybody has gone and nobody came for `linger_s`."""
+        if self.members:
+            self._last_s = now_s
+        past = now_s >= self._settings.end_s
+        return past or (self._met and now_s - self._last_s > self._settings.linger_s)
+
+    def heard(self, source: int, status: Status, now_s: float) -> None:
+        """A status arrived; older ones than the last are of no interest."""
+        self._now_s = now_s
+        member = self.members.get(source)
+        if member is not None and status.session > member.status.session:
+            # A new incarnation: the one before is dead.
+            self._drop(source)
+            member = None
+        if member is None:
+            if status.session <= self._gone.get(source, -1) or status.leaving:
+                self._refused.append((source, _unknown(status)))
+                return
+            member = self.members[source] = _Member(status, now_s)
+            self._met = True
+        elif status.session < member.status.session or status.number < member.status.number:
+            return
+        elif status.leaving:
+            self._drop(source)
+            self._settle()
+            return
+        member.status = status
+        member.heard_s = now_s
+        member.asked = True
+        self._settle()
+
+    def tick(self, now_s: float, late_s: float) -> None:
+        """Look at the time. `late_s`: how long this look was overdue."""
+        self._now_s = now_s
+        for peer, member in list(self.members.items()):
+            if late_s > self._settings.heartbeat_s:
+                member.heard_s += late_s
+            if now_s - member.heard_s > self._settings.timeout_s:
+                self._drop(peer)
+        self._give_up_stalled()
+        self._find_divergence()
+        self._settle()
+
+    def rulings(self) -> Iterator[tuple[int, Ruling]]:
+        """What is to be sent: answers, and news for those whom they concern."""
+        out, self._refused = self._refused, []
+        yield from out
+        for peer, member in self.members.items():
+            ruling = self._ruling(peer, member)
+            if member.asked or ruling != member.told:
+                member.asked = False
+                member.told = ruling
+                member.number += 1
+                yield peer, _numbered(ruling, member.number)
+
+    # Who is there.
+
+    def _drop(self, peer: int) -> None:
+        member = self.members.pop(peer)
+        self._gone[peer] = member.status.session
+        if not member.status.leaving:
+            self._refused.append((peer, _unknown(member.status)))
+        if member.accepted:
+            self.order.remove(peer)
+            self.epoch += 1
+            self._record("dropped", peer)
+        self._strikes = {k: v for k, v in self._strikes.items() if peer not in k}
+
+    def _accepted(self, group: int | None = None) -> dict[int, _Member]:
+        return {
+            peer: self.members[peer]
+            for peer in self.order
+            if group is None or self.members[peer].status.group == group
+        }
+
+    def _groups(self) -> list[int]:
+        return sorted({self.members[peer].status.group for peer in self.order})
+
+    # What follows.
+
+    def _settle(self) -> None:
+        """Fire transitions until none is left."""
+        fired = True
+        while fired:
+            fired = self._joint()
+            for group in self._groups():
+                fired |= self._operate(group)
+
+    def _joint(self) -> bool:
+        everybody = self._accepted()
+        calls = {member.call for member in everybody.values()}
+        if not everybody:
+            return self._admit()
+        if len(calls) == 1 and calls != {""}:
+            (call,) = calls
+            if call == "update_topology":
+                return self._admit()
+            if call == "peers_pending":
+                waiting = len(self.members) > len(everybody)
+                return self._answer(everybody, "ok", bytes([waiting]))
+            if call == "measure":
+                return self._answer(everybody, "ok")
+            if call == "measured":
+                self._optimise(everybody)
+                return self._answer(everybody, "ok")
+        for group in self._groups():
+            members = self._accepted(group)
+            calls = {member.call for member in members.values()}
+            if calls == {"sync"}:
+                return self._elect(group, members)
+            if calls == {"synced"}:
+                whole = all(member.status.detail == b"ok" for member in members.values())
+                if whole:
+                    self._elections[group] = self._elections[group].committed()
+                return self._answer(members, "ok" if whole else "failed")
+        return False
+
+    def _answer(self, members: dict[int, _Member], answer: str, detail: bytes = b"") -> bool:
+        for member in members.values():
+            member.answered, member.answer = member.status.turn, answer
+            member.detail = detail
+        return bool(members)
+
+    def _admit(self) -> bool:
+        fresh = {
+            peer: member
+            for peer, member in sorted(self.members.items())
+            if not member.accepted and member.call == "update_topology"
+        }
+        everybody = self._accepted()
+        for peer, member in fresh.items():
+            member.accepted = True
+            self.order.append(peer)
+            self._record("accepted", peer)
+        self.epoch += bool(fresh)
+        return self._answer({**everybody, **fresh}, "ok")
+
+    def _operate(self, group: int) -> bool:
+        members = self._accepted(group)
+        labels = {vote.label for member in members.values() for vote in member.status.votes}
+        labels |= {label for of, label in self._running if of == group}
+        fired = [self._step(group, label, members) for label in sorted(labels)]
+        return any(fired)
+
+    def _step(self, group: int, label: int, members: dict[int, _Member]) -> bool:
+        word = self._running.get((group, label))
+        if word is not None:
+            return self._conclude(group, word, members)
+        opening = {peer: member.opens(label) for peer, member in members.items()}
+        votes = [vote for vote in opening.values() if vote is not None]
+        if len(votes) < len(members):
+            return False
+        state = STARTED
+        if len({vote.signature for vote in votes}) > 1:
+            state = MISMATCH
+        elif len(members) < 2:
+            state = FEW
+        if state == STARTED:
+            self._operations += 1
+            ring = tuple(members)
+            self._running[group, label] = Word(label, 0, self._operations, STARTED, ring)
+        for peer, vote in opening.items():
+            assert vote is not None
+            number = self._operations if state == STARTED else 0
+            members[peer].words[label] = Word(label, vote.serial, number, state, tuple(members))
+        return True
+
+    def _conclude(self, group: int, word: Word, members: dict[int, _Member]) -> bool:
+        alive = {
+            peer: members[peer]
+            for peer in word.ring
+            if peer in members
+            and (told := members[peer].words.get(word.label)) is not None
+            and told.operation == word.operation
+        }
+        votes: dict[int, Vote] = {}
+        gave_up = False
+        for peer, member in alive.items():
+            vote = member.vote(word.label)
+            if vote is None or vote.serial != member.words[word.label].serial:
+                gave_up = True
+            else:
+                votes[peer] = vote
+                gave_up |= vote.phase == FAILED
+        if not gave_up and all(vote.phase == DONE for vote in votes.values()):
+            return self._decide(group, word, alive, COMMITTED)
+        broken = self._broken_link(word, votes)
+        if broken is not None and len(alive) == len(word.ring):
+            self._decide(group, word, alive, ABORTED)
+            self._strike(*broken)
+            return True
+        if gave_up or len(alive) < len(word.ring):
+            return self._decide(group, word, alive, ABORTED)
+        return False
+
+    def _decide(self, group: int, word: Word, alive: dict[int, _Member], state: int) -> bool:
+        del self._running[group, word.label]
+        for member in alive.values():
+            serial = member.words[word.label].serial
+            member.words[word.label] = Word(word.label, serial, word.operation, state)
+        if state == COMMITTED:
+            ring = word.ring
+            for place, peer in enumerate(ring):
+                self._strikes.pop((ring[place - 1], peer), None)
+        return True
+
+    # Links that carry nothing, and waits that lead nowhere.
+
+    @staticmethod
+    def _broken_link(word: Word, votes: dict[int, Vote]) -> tuple[int, int] | None:
+        """A peer that gets nothing although its predecessor has sent: the others only wait."""
+        for place, peer in enumerate(word.ring):
+            before = word.ring[place - 1]
+            if peer in votes and before in votes:
+                here, there = votes[peer], votes[before]
+                if here.stalled and here.phase == INITIATE and there.sent > here.received:
+                    return before, peer
+        return None
+
+    def _strike(self, source: int, target: int) -> None:
+        """Lead the ring around a link; drop an end of one that stays in the way."""
+        strikes = self._strikes
+        strikes[source, target] = strikes.get((source, target), 0) + 1
+        self._record("broken_link", target)
+        group = self.members[target].status.group
+        members = list(self._accepted(group))
+        cost = np.ones((len(members), len(members)))
+        for a, b in strikes:
+            if a in members and b in members:
+                cost[members.index(a), members.index(b)] = _AVOID
+        ring = [members[place] for place in Tour(starts=2).order(cost)]
+        self._reorder(ring)
+        unavoidable = any((a, b) in strikes for a, b in zip(ring, ring[1:] + ring[:1], strict=True))
+        if unavoidable and strikes[source, target] >= _STRIKES:
+            count = {end: sum(end in link for link in strikes) for end in (source, target)}
+            self._drop(source if count[source] > count[target] else target)
+
+    def _reorder(self, ring: list[int]) -> None:
+        others = [peer for peer in self.order if peer not in ring]
+        self.order = others + ring
+        self.epoch += 1
+
+    def _give_up_stalled(self) -> None:
+        for (group, label), word in list(self._running.items()):
+            members = self._accepted(group)
+            for peer in word.ring:
+                member = members.get(peer)
+                vote = member.vote(label) if member is not None else None
+                if member is None or vote is None:
+                    continue
+                if not vote.stalled:
+                    member.since_s.pop(("stalled", label), None)
+                    continue
+                since = member.since_s.setdefault(("stalled", label), self._now_s)
+                if self._now_s - since > self._settings.stalled_s:
+                    alive = {
+                        p: m for p, m in members.items()
+                        if (w := m.words.get(label)) is not None and w.operation == word.operation
+                    }  # fmt: skip
+                    member.since_s.clear()
+                    self._decide(group, word, alive, ABORTED)
+                    break
+
+    def _find_divergence(self) -> None:
+        """Two accepted peers that have long waited for different things wait for ever."""
+        old: dict[int, set[tuple[str, int]]] = {}
+        for peer, member in self._accepted().items():
+            waits = {("call", member.status.turn)} if member.call else set()
+            waits |= {
+                ("vote", vote.label) for vote in member.status.votes if member.opens(vote.label)
+            }
+            kept = {k: s for k, s in member.since_s.items() if k in waits or k[0] == "stalled"}
+            member.since_s = {**dict.fromkeys(waits, self._now_s), **kept}
+            limit = self._now_s - self._settings.diverged_s
+            if found := {wait for wait in waits if member.since_s[wait] < limit}:
+                old[peer] = found
+        names = {
+            frozenset(
+                self.members[peer].call if kind == "call" else f"{kind} {number}"
+                for kind, number in waits
+            )
+            for peer, waits in old.items()
+        }
+        if not any(not (a & b) for a in names for b in names):
+            return
+        for peer, waits in old.items():
+            member = self.members[peer]
+            for kind, number in waits:
+                if kind == "call":
+                    self._answer({peer: member}, "diverged")
+                elif (vote := member.opens(number)) is not None:
+                    member.words[number] = Word(number, vote.serial, 0, DIVERGED)
+
+    # Shared state and topology.
+
+    def _elect(self, group: int, members: dict[int, _Member]) -> bool:
+        election = self._elections.get(group, Election())
+        offers = {peer: member.status.detail for peer, member in members.items()}
+        outcome = election.held(offers)
+        self._elections[group] = outcome.election
+        for peer, (answer, detail) in outcome.answers.items():
+            self._answer({peer: members[peer]}, answer, detail)
+        for peer in outcome.violators:
+            self._record("violated_revision", peer)
+            self.order.remove(peer)
+            self.members[peer].accepted = False
+            self.epoch += 1
+        return True
+
+    def _optimise(self, members: dict[int, _Member]) -> None:
+        for peer, member in members.items():
+            row = np.frombuffer(member.status.detail, np.float64).reshape(-1, 2)
+            for target, rate in row:
+                self._rates[peer, int(target)] = float(rate)
+        for group in self._groups():
+            ring = list(self._accepted(group))
+            rates = np.array([[self._rates.get((a, b), 0.0) for b in ring] for a in ring])
+            cost = link_cost(rates)
+            np.fill_diagonal(cost, 0.0)
+            self._reorder([ring[place] for place in Tour().order(cost)])
+
+    def _ruling(self, peer: int, member: _Member) -> Ruling:
+        group = member.status.group
+        ring = tuple(self._accepted(group)) if member.accepted else ()
+        listed = {(vote.label, vote.serial) for vote in member.status.votes}
+        words = tuple(w for w in member.words.values() if (w.label, w.serial) in listed)
+        return Ruling(
+            member.status.session, 0, True, member.accepted, self.epoch, ring, len(self.order),
+            member.answered, member.answer, member.detail, words,
+        )  # fmt: skip
+
+
+def _unknown(status: Status) -> Ruling:
+    return Ruling(status.session, 0, False, False, 0, (), 0, 0, "", b"", ())
+
+
+def _numbered(ruling: Ruling, number: int) -> Ruling:
+    return Ruling(*[
+        number if name == "number" else getattr(ruling, name) for name in Ruling.__struct_fields__
+    ])  # fmt: skip
