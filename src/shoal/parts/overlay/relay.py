@@ -35,6 +35,22 @@ class Seen:
 
 
 @message
+class Probe:
+    """Have somebody else dial me back: an answer shows that strangers can reach me."""
+
+    number: int
+
+
+@message
+class DialBack:
+    """From one reflector to its partner: dial this endpoint."""
+
+    number: int
+    host: str
+    port: int
+
+
+@message
 class Reserve:
     """Pass on to me what comes for this peer."""
 
@@ -75,13 +91,19 @@ class Relay:
 
     reservation_s: how long a reservation lasts; reservations: most at once; circuit_s and
     circuit_bytes: what one pair may use, from its first datagram on, before it is cut off for
-    circuit_s. A peer's number is a claim: whoever needs to be sure runs a secure session on top.
+    circuit_s. partner: another such server, on another host, which dials back whoever asks here
+    with `Probe` (AutoNAT): only ever the endpoint that asked, so that nobody is pointed at others.
+    A peer's number is a claim: whoever needs to be sure runs a secure session on top.
+
+    >>> Relay(circuit_s=60.0).circuit_bytes
+    131072
     """
 
     reservation_s: float = 3600.0
     reservations: int = 100_000
     circuit_s: float = 120.0
     circuit_bytes: int = 1 << 17
+    partner: Endpoint | None = None
 
     def __post_init__(self) -> None:
         if min(self.reservation_s, self.reservations, self.circuit_s, self.circuit_bytes) <= 0:
@@ -96,6 +118,11 @@ class Relay:
             what, now = unpacked(data), peer.now()
             if isinstance(what, Ask):
                 await socket.send_to(packed(Seen(what.number, *source)), source)
+            elif isinstance(what, Probe) and self.partner is not None:
+                await socket.send_to(packed(DialBack(what.number, *source)), self.partner)
+            elif isinstance(what, DialBack) and source == self.partner:
+                to = Endpoint(what.host, what.port)
+                await socket.send_to(packed(Seen(what.number, *to)), to)
             elif isinstance(what, Reserve):
                 if what.peer in places or len(places) < self.reservations:
                     places[what.peer] = (source, now + self.reservation_s)

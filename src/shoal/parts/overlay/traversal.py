@@ -15,7 +15,7 @@ from shoal.base.errors import UsageError
 from shoal.base.ids import PeerId
 from shoal.kernel.datagrams import Endpoint, Socket
 from shoal.kernel.peer import Peer
-from shoal.parts.overlay.relay import Ask, Reserve, Seen, Through, packed, unpacked
+from shoal.parts.overlay.relay import Ask, Probe, Reserve, Seen, Through, packed, unpacked
 from shoal.wire.message import message
 
 
@@ -33,6 +33,7 @@ class Connect:
     number: int
     attempt: int
     calling: bool
+    reachable: bool
     host: str
     port: int
 
@@ -55,6 +56,8 @@ class Punch:
     back: bool
 
 
+_PROBE = -2
+
 # The other peer, the caller's number for the path, and whether this peer is the caller: two peers
 # may call each other at once, with equal numbers.
 _Key = tuple[int, int, bool]
@@ -76,12 +79,23 @@ class Traversal:
     reflect, the first one relays. attempts, punches: dials per path, and packets per dial, `gap_s`
     apart; timeout_s: how long an attempt and an answer of the relay may take, above the longest
     round trip through the relay. keepalive_s: how often the reservation is renewed, which keeps
-    the mapping; below the shortest mapping lifetime (RFC 4787: 120 s or more; RFC 8445 uses 15 s).
+    the mapping; it must be below the shortest mapping lifetime (RFC 4787: 120 s or more; RFC 8445
+    uses 15 s). With attempts=0 nobody punches: a peer that strangers can reach is dialled, and with
+    `reversal` a caller that can be reached is dialled back. Punches are no secret: whoever needs to
+    know who is at the other end runs a secure session over the path.
+
+        traversal = Traversal(peer, relay, other)
+        async with peer.tasks() as group:
+            group.start(traversal.run(until_s))
+            group.start(traversal.keep_alive(until_s))
+            await traversal.register()
+            path = await traversal.connect(to)
     """
 
     def __init__(
         self, peer: Peer, relay: Endpoint, other: Endpoint, *, attempts: int = 3, punches: int = 3,
         gap_s: float = 0.05, timeout_s: float = 2.0, keepalive_s: float = 15.0,
+        reversal: bool = True,
     ) -> None:  # fmt: skip
         if attempts < 0 or punches < 1 or min(gap_s, timeout_s, keepalive_s) <= 0:
             raise UsageError(
@@ -92,7 +106,9 @@ class Traversal:
         self.socket: Socket = peer.datagrams.open()
         self.seen: dict[Endpoint, Endpoint] = {}
         """this socket's outer endpoint, as each reflector saw it"""
-        self._relay, self._other = relay, other
+        self.reachable = False
+        """whether a stranger's datagram came in (AutoNAT): the box filters by no address"""
+        self._relay, self._other, self._reversal = relay, other, reversal
         self._attempts, self._punches = attempts, punches
         self._gap_s, self._timeout_s, self._keepalive_s = gap_s, timeout_s, keepalive_s
         self._numbers = 0
@@ -107,7 +123,13 @@ class Traversal:
         return len(set(self.seen.values())) > 1
 
     async def register(self) -> bool:
-        """Reserve at the relay and ask both reflectors; whether all answered in three tries."""
+        """Reserve at the relay, be dialled back, ask both reflectors; whether both answered.
+
+        The dial-back comes first: it must come from a host that was never sent to.
+        """
+        for _ in range(3):
+            await self._send(Probe(_PROBE), self._relay)
+        await self.peer.sleep_until(self.peer.now() + self._timeout_s)
         for _ in range(3):
             await self._send(Reserve(self.peer.id), self._relay)
             for number, place in enumerate((self._relay, self._other)):
@@ -143,7 +165,9 @@ class Traversal:
             while (found := await self.socket.recv_from(until_s)) is not None:
                 data, source = found
                 what = unpacked(data)
-                if isinstance(what, Seen) and source in (self._relay, self._other):
+                if isinstance(what, Seen) and what.number == _PROBE and source == self._other:
+                    self.reachable = True
+                elif isinstance(what, Seen) and source in (self._relay, self._other):
                     if what.number >= 0:
                         self.seen[source] = Endpoint(what.host, what.port)
                 elif isinstance(what, Punch):
@@ -182,11 +206,15 @@ class Traversal:
         self._theirs[key] = Endpoint(connect.host, connect.port)
         if not connect.calling:
             self._heard.add(key)
-            if self._attempts:
+            if not self._attempts and connect.reachable:
+                await self._dial(key)
+            elif self._attempts or (self._reversal and self.reachable):
                 await self._through(source, self._own(connect.number, connect.attempt, True))
             return
         began_s = self._clocks.pop((key, connect.attempt), None)
-        if began_s is not None:
+        if not self._attempts:
+            await self._dial(key)
+        elif began_s is not None:
             half_s = (self.peer.now() - began_s) / 2
             await self._through(source, Sync(connect.number, connect.attempt))
             await self.peer.sleep_until(self.peer.now() + half_s)
@@ -201,7 +229,8 @@ class Traversal:
             await self.peer.sleep_until(self.peer.now() + self._gap_s)
 
     def _own(self, number: int, attempt: int, calling: bool) -> Connect:
-        return Connect(number, attempt, calling, *self.seen.get(self._relay, self.socket.local))
+        place = self.seen.get(self._relay, self.socket.local)
+        return Connect(number, attempt, calling, self.reachable, *place)
 
     async def _through(self, to: int, what: object) -> None:
         await self._send(Through(self.peer.id, to, packed(what)), self._relay)
