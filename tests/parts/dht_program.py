@@ -41,6 +41,7 @@ class Table:
     searches: int = 1
     gap_s: float = 0.01
     timeout_s: float = 10.0
+    linger_s: float = 5.0
 
     async def run(self, peer: Peer) -> None:
         dht = Kademlia(peer, self.settings)
@@ -62,7 +63,8 @@ class Table:
                 if not self.getters or peer.id in self.getters:
                     await self._search(peer, dht, phase)
             # Answer the others until all are done.
-            await self._wait(peer, start_s + self.get_at_s[-1] + self.gap_s * self.peers + 5.0)
+            end_s = start_s + self.get_at_s[-1] + self.gap_s * self.peers + self.linger_s
+            await self._wait(peer, end_s)
             dht.stop()
 
     async def _join(self, peer: Peer, dht: Kademlia) -> None:
