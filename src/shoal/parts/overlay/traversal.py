@@ -111,6 +111,7 @@ class Traversal:
         self._relay, self._other, self._reversal = relay, other, reversal
         self._attempts, self._punches = attempts, punches
         self._gap_s, self._timeout_s, self._keepalive_s = gap_s, timeout_s, keepalive_s
+        self._reserved = False
         self._numbers = 0
         self._heard: set[_Key] = set()
         self._open: dict[_Key, Endpoint] = {}
@@ -135,11 +136,14 @@ class Traversal:
             for number, place in enumerate((self._relay, self._other)):
                 await self._send(Ask(number), place)
             end_s = self.peer.now() + self._timeout_s
-            while self.peer.now() < end_s and len(self.seen) < 2:
+            while self.peer.now() < end_s and not self._registered():
                 await self.peer.sleep_until(self.peer.now() + self._gap_s)
-            if len(self.seen) == 2:
+            if self._registered():
                 return True
         return False
+
+    def _registered(self) -> bool:
+        return self._reserved and len(self.seen) == 2
 
     async def keep_alive(self, until_s: float) -> None:
         """Renew the reservation, and with it the mapping towards the relay, until then."""
@@ -152,8 +156,12 @@ class Traversal:
         self._numbers += 1
         key = (int(to), self._numbers, True)
         end_s = self.peer.now() + (self._attempts + 1) * self._timeout_s
-        await self._through(to, Hello(self._numbers))
+        again_s = self.peer.now()
         while self.peer.now() < end_s and key not in self._open:
+            if key not in self._heard and self.peer.now() >= again_s:
+                # The call itself may be lost; who has heard it answers by itself.
+                await self._through(to, Hello(key[1]))
+                again_s += self._timeout_s
             await self.peer.sleep_until(self.peer.now() + self._gap_s)
         if key in self._open:
             return Path(to, True, self._open[key])
@@ -168,13 +176,19 @@ class Traversal:
                 if isinstance(what, Seen) and what.number == _PROBE and source == self._other:
                     self.reachable = True
                 elif isinstance(what, Seen) and source in (self._relay, self._other):
-                    if what.number >= 0:
+                    if what.number < 0:
+                        self._reserved = True
+                    else:
                         self.seen[source] = Endpoint(what.host, what.port)
                 elif isinstance(what, Punch):
                     await self._punched(what, source)
                 elif isinstance(what, Through) and source == self._relay:
                     inner = unpacked(what.data)
                     if isinstance(inner, Hello):
+                        called = (what.source, inner.number, False)
+                        if called in self._heard:
+                            continue
+                        self._heard.add(called)
                         group.start(self._called(what.source, inner.number))
                     elif isinstance(inner, Connect):
                         group.start(self._connect(what.source, inner))
