@@ -174,7 +174,7 @@ run = join_live(
     Joining(listen=("127.0.0.1", int(port)), peer=int(number), gone_s=1.5,
             bootstrap=tuple(("127.0.0.1", int(other)) for other in others),
             identity=Identity.load_or_new(store + "/key")),
-    settings=LiveSettings(store_dir=store),
+    settings=LiveSettings(store_dir=store, start_s=25.0),
     tell=lambda status, _: print(status.state, status.round, flush=True),
 )
 print("END", run.finished, [row.value for row in run.series("stored")],
@@ -262,7 +262,7 @@ def _any_schedule(folder: Path, seed: int) -> None:
             if draws.random() < 0.6:
                 peers.start(victim, bootstrap=victim > 0 or draws.random() < 0.5)
     finally:
-        # Before the start a dead founder's peers would wait for their minute; that is no hang.
+        # Before the start a dead founder's peers wait for `start_s`; that is no hang.
         limit = time.monotonic() + 75
         for child in peers.children.values():
             try:
@@ -278,6 +278,6 @@ def _any_schedule(folder: Path, seed: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(12))
 def test_no_schedule_of_kills_makes_a_run_hang(tmp_path: Path, seed: int) -> None:
     _any_schedule(tmp_path, seed)
