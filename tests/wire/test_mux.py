@@ -480,3 +480,15 @@ def test_a_cutter_borrows_until_it_holds() -> None:
     assert frame is not None
     decoded: Any = codec.decode(frame)[0]
     assert decoded.count == 3
+
+
+def test_a_large_frame_does_not_overtake_many_small_ones_of_its_kind() -> None:
+    for lanes in (1, 2):
+        link = Link(lanes)
+        for number in range(400):
+            link.send(Left(number, torch.zeros(1)))
+        link.send(Left(400, vector(400, 0.3)))
+        for lane in reversed(range(lanes)):
+            link.write(lane, 1 << 30)
+        link.run()
+        assert [made.number for made, _ in link.got] == list(range(401))

@@ -2,8 +2,8 @@
 
 Records go first, then small frames in the order in which they were sent, and after each batch of
 these one chunk of a large frame, large frames of different kinds by turns. Messages of one kind
-keep the order in which they were sent, whatever their size. A large frame may be overtaken by
-messages of other kinds.
+keep the order in which they were sent, whatever their size, and so do small ones of all kinds. A
+large frame may be overtaken by messages of other kinds.
 
 An `Outflow` outlives connections; a `Lane` is one connection of it. Large frames are kept until
 their receiver has them, so that after a broken connection only what is missing is sent again. Small
@@ -44,15 +44,19 @@ class _Large:
     """A frame that travels in chunks."""
 
     __slots__ = (
-        "_ends", "again", "back", "body", "code", "lanes", "next", "number", "parts", "size",
-        "taking_turns",
+        "_ends", "after", "again", "back", "body", "code", "lanes", "next", "number", "parts",
+        "size", "taking_turns",
     )  # fmt: skip
 
-    def __init__(self, number: int, code: int, parts: list[memoryview], size: int) -> None:
+    def __init__(
+        self, number: int, code: int, parts: list[memoryview], size: int, after: int
+    ) -> None:
         self.number = number
         self.code = code
         self.size = size
         self.back = 0
+        self.after = after
+        """how many small frames were pushed before it"""
         self.body = size - read_prefix(parts[0]).body_bytes
         self.next = 0
         self.again: list[int] = []
@@ -65,6 +69,15 @@ class _Large:
     @property
     def unsent(self) -> bool:
         return bool(self.again) or self.next < len(self.lanes)
+
+    def may_go(self, lane: int, smalls: int) -> bool:
+        """Whether its next chunk may take this lane, with so many small frames on their way.
+
+        Its first chunk follows earlier small frames on their connection, so that it is not complete
+        before they are there.
+        """
+        first = (self.again[-1] if self.again else self.next) == 0
+        return not first or (lane == 0 and smalls >= self.after)
 
     def take(self, lane: int) -> int:
         """The next chunk that this lane may send."""
@@ -139,7 +152,7 @@ class Outflow:
         if head is not parts[0]:
             parts = [head]
         self._larges += 1
-        large = _Large(self._larges, code, parts, size)
+        large = _Large(self._larges, code, parts, size, self._smalls)
         self._large[large.number] = large
         self._latest[code] = large.number
         queue = self._queues.get(code)
@@ -193,15 +206,16 @@ class Outflow:
     def small_gone(self) -> None:
         self._smalls_gone += 1
 
-    def large(self) -> _Large | None:
-        """The large frame whose turn it is."""
+    def large(self, lane: int) -> _Large | None:
+        """The large frame whose turn it is on this lane."""
         while self._idle and self._may_open(self._queues[self._idle[0]][0]):
             self._begin(self._idle.popleft())
-        if not self._turns:
-            return None
-        turns = self._turns
-        turns.rotate(-1)
-        return turns[-1]
+        turns, smalls = self._turns, self._smalls - len(self.small)
+        for _ in range(len(turns)):
+            turns.rotate(-1)
+            if turns[-1].may_go(lane, smalls):
+                return turns[-1]
+        return None
 
     def _may_open(self, large: _Large) -> bool:
         limits = self.limits
@@ -348,7 +362,7 @@ class Lane:
         room = self._granted - self._spent
         if room < CHUNK_BYTES + PREFIX.size:
             return
-        large = flow.large()
+        large = flow.large(self._number)
         if large is None:
             return
         index = large.take(self._number)

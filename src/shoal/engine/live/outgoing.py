@@ -127,8 +127,12 @@ class Outgoing:
                 return
 
     def write(self, only: Call | None = None) -> None:
-        for call in (only,) if only else list(self._calls.values()):
-            call.write()
+        if only is not None:
+            only.write()
+        # What one connection took may have been what the others waited for.
+        for call in list(self._calls.values()):
+            if call is not only and (only is None or call.idle):
+                call.write()
         self._wake()
 
     def _call(self, number: int) -> None:
