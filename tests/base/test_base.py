@@ -55,7 +55,12 @@ def test_notices_to_stop_pass_through_except_exception() -> None:
 def test_limits_are_positive(name: str, value: int) -> None:
     with pytest.raises(UsageError, match=f"{name}={value}; need a positive number"):
         Limits(**{name: value})
-    assert getattr(Limits(**{name: 7}), name) == 7
+    assert getattr(Limits(**{name: 1 << 20}), name) == 1 << 20
+
+
+def test_a_window_holds_some_chunks() -> None:
+    with pytest.raises(UsageError, match="window_bytes=7; need 1048576"):
+        Limits(window_bytes=7)
 
 
 @given(st.integers(-(10**15), 10**15))
