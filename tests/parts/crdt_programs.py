@@ -136,8 +136,8 @@ def _short(digest: bytes) -> int:
 
 @dataclass(frozen=True)
 class Byzantine:
-    """Sends nodes signed by a stranger, in others' names, edited, from the far future and of another
-    store; one of its kind also writes two histories in its own name."""
+    """Sends nodes signed by a stranger, in others' names, edited, from the far future and of
+    another store; one of its kind also writes two histories in its own name."""
 
     end_s: float
     equivocates: bool = False
@@ -199,7 +199,7 @@ class Broadcast:
         held = LwwMap()
         for number in range(self.ops):
             until_s = (number + 1) * span_s
-            delta = held.written(author, (round(peer.now() * 1e9), 0), f"m{number % 20}", number)
+            delta = held.written(author, (round(peer.now() * 1e9), 0), f"m{number % 20}", peer.id)
             held = held.merge(delta)
             for other in peer.roster:
                 if other != peer.id:
