@@ -13,6 +13,7 @@ from shoal.engine.live import LiveSettings, run_live
 from shoal.kernel.datagrams import Endpoint
 from shoal.wire.message import message
 from shoal.world.faults import Crash, Partition
+from shoal.world.nat import placed
 from shoal.world.network import Network
 from shoal.world.record import Run
 
@@ -108,3 +109,9 @@ class Direct:
                 await socket.send_to(b"x", _places[0])
         elif await socket.recv_from(0.5) is not None:
             peer.record("heard", 1)
+
+
+def test_nat_boxes_are_refused_on_real_sockets() -> None:
+    network = Network(2, nats=placed({"symmetric": 1}))
+    with pytest.raises(UsageError, match="1 NAT boxes"):
+        run_live(Echo(), network)

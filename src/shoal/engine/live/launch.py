@@ -67,6 +67,11 @@ def run_live(
     """
     settings = settings or LiveSettings()
     check_faults(network.faults)
+    if network.nats:
+        raise UsageError(
+            f"run_live: {len(network.nats)} NAT boxes; they exist on the virtual network only (use "
+            "the event engine, or leave nats empty)"
+        )
     if not 1 <= processes <= network.peers:
         raise UsageError(
             f"run_live: processes={processes}; need 1 to {network.peers}, one peer each at least"
