@@ -97,6 +97,12 @@ class Here:
             time.sleep(0.02)
         return self.last[number].address
 
+    def await_round(self, number: int, round: int) -> None:
+        limit = time.monotonic() + 20
+        while self.last[number].round < round:
+            assert time.monotonic() < limit
+            time.sleep(0.02)
+
     def end(self) -> None:
         for thread in self.threads:
             thread.join(30.0)
@@ -125,7 +131,7 @@ def test_a_late_peer_takes_the_schedule_where_it_is() -> None:
     here = Here(network, Beats(rounds=16))
     where = here.founder()
     here.start(Joining(bootstrap=(where,)))
-    time.sleep(1.5)
+    here.await_round(0, 2)
     here.start(Joining(bootstrap=(here.address(1),), peer=2))
     here.end()
     assert not here.errors

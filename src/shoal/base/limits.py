@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from shoal.base.errors import UsageError
@@ -30,13 +31,24 @@ class Limits:
     window_bytes: int = 1 << 26
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if value <= 0:
-                raise UsageError(f"Limits: {name}={value}; need a positive number (raise it)")
+        check_positive("Limits", self)
         if self.window_bytes < 1 << 20:
             raise UsageError(
                 f"Limits: window_bytes={self.window_bytes}; need {1 << 20}, four chunks (raise it)"
             )
+
+
+def check_positive(owner: str, settings: object, *names: str, finite: bool = False) -> None:
+    """UsageError unless these attributes (all, when none is named) are positive.
+
+    finite: refuse infinity as well. NaN never passes.
+
+    >>> check_positive("Limits", Limits(), "frame_bytes")
+    """
+    for name in names or vars(settings):
+        value = getattr(settings, name)
+        if not value > 0 or (finite and value == math.inf):
+            raise UsageError(f"{owner}: {name}={value}; need a positive number (raise it)")
 
 
 DEFAULT = Limits()

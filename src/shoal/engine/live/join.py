@@ -25,7 +25,7 @@ from time import monotonic_ns, time_ns
 from typing import Any
 
 from shoal.base.errors import SimulationError, UsageError, WireError
-from shoal.base.limits import DEFAULT, Limits
+from shoal.base.limits import DEFAULT, Limits, check_positive
 from shoal.engine.live import control
 from shoal.engine.live.book import RUN_BYTES, Book, Record, signed
 from shoal.engine.live.control import Address
@@ -93,8 +93,7 @@ class Joining:
     gone_s: float = 10.0
 
     def __post_init__(self) -> None:
-        if not self.gone_s > 0:
-            raise UsageError(f"Joining: gone_s={self.gone_s}; need a positive number of seconds")
+        check_positive("Joining", self, "gone_s")
         if self.wait_for is not None and self.wait_for < 1:
             raise UsageError(f"Joining: wait_for={self.wait_for}; need at least 1 peer")
         if self.allow is not None and self.identity.name not in self.allow:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from shoal.base.errors import UsageError
+from shoal.base.limits import check_positive
 from shoal.wire.identity import is_name
 
 
@@ -62,10 +63,7 @@ class LiveSettings:
                     f"LiveSettings: allow has {name!r}, no peer's name (see peer_name)"
                 )
         seconds = ("horizon_s", "start_s", "stop_s", "handshake_s", "heartbeat_s", "stall_s")
-        for name in (*seconds, "backoff_s"):
-            value = getattr(self, name)
-            if not value > 0:
-                raise UsageError(f"LiveSettings: {name}={value}; need a positive number of seconds")
+        check_positive("LiveSettings", self, *seconds, "backoff_s")
         if not self.dead_after_s >= 2 * self.heartbeat_s:
             raise UsageError(
                 f"LiveSettings: dead_after_s={self.dead_after_s} is less than two heartbeats of "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from types import TracebackType
@@ -174,11 +173,14 @@ class Communicator:
         self, kind: type[BaseException] | None, error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:  # fmt: skip
-        with contextlib.suppress(Exception):
+        if isinstance(error, GeneratorExit):
+            return  # A crash: nobody would hear a goodbye.
+        try:
             await self._speak(leaving=True)
-        for handle in self._own:
-            handle.cancel()
-        await self._tasks.__aexit__(None, None, None)
+        finally:
+            for handle in self._own:
+                handle.cancel()
+            await self._tasks.__aexit__(kind, error, trace)
 
     @property
     def world_size(self) -> int:

@@ -23,6 +23,7 @@ import numpy as np
 
 from shoal.base.errors import UsageError
 from shoal.base.ids import PeerId
+from shoal.base.limits import check_positive
 from shoal.kernel.peer import Peer
 from shoal.parts.collective._wire import (
     ABORTED,
@@ -72,9 +73,7 @@ class Master:
     end_s: float = float("inf")
 
     def __post_init__(self) -> None:
-        for name in ("heartbeat_s", "timeout_s", "stalled_s", "diverged_s", "linger_s", "end_s"):
-            if not getattr(self, name) > 0:
-                raise UsageError(f"master: {name}={getattr(self, name)}; need a positive number")
+        check_positive("master", self)
         if self.timeout_s < 2 * self.heartbeat_s:
             raise UsageError(
                 f"master: timeout_s={self.timeout_s} is less than two heartbeats of "

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from shoal.base.errors import UsageError, WireError
 from shoal.base.ids import PeerId
+from shoal.base.limits import check_positive
 from shoal.kernel.peer import Peer
 from shoal.parts.collective.quantised import HEAD_BYTES, Quantised
 from shoal.wire.message import message
@@ -101,9 +102,7 @@ class Ring:
     def __post_init__(self) -> None:
         if self.op not in OPS:
             raise UsageError(f"ring: op={self.op!r}; need one of {', '.join(OPS)}")
-        for name in ("piece_bytes", "ahead", "stall_s"):
-            if not getattr(self, name) > 0:
-                raise UsageError(f"ring: {name}={getattr(self, name)}; need a positive number")
+        check_positive("ring", self, "piece_bytes", "ahead", "stall_s")
 
     def check(self, values: Tensor) -> None:
         """UsageError for a tensor that this ring cannot reduce in place."""

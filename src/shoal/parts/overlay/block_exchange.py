@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from shoal.base.errors import DeadlineExceeded, DecodeError, PeerError, UsageError
 from shoal.base.ids import PeerId
+from shoal.base.limits import check_positive
 from shoal.kernel.peer import Envelope, Peer
 from shoal.kernel.tasks import TaskGroup, TaskHandle
 from shoal.parts.overlay.content import MANIFEST, Blocks, Cid, Manifest
@@ -58,9 +59,7 @@ class ExchangeSettings:
     ban_s: float = 600.0
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if not value > 0:
-                raise UsageError(f"ExchangeSettings: {name}={value}; need a positive number")
+        check_positive("ExchangeSettings", self)
 
 
 class Exchange:

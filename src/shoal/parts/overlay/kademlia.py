@@ -31,6 +31,7 @@ from shoal.base.errors import (
     UsageError,
 )
 from shoal.base.ids import PeerId
+from shoal.base.limits import check_positive
 from shoal.base.units import to_ns
 from shoal.kernel.peer import Envelope, Peer
 from shoal.kernel.tasks import TaskGroup, TaskHandle
@@ -99,9 +100,7 @@ class KademliaSettings:
     store_bytes: int = 1 << 26
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if not 0 < value < math.inf:
-                raise UsageError(f"KademliaSettings: {name}={value}; need a positive number")
+        check_positive("KademliaSettings", self, finite=True)
         if self.lifetime_s <= self.republish_s:
             raise UsageError(
                 f"KademliaSettings: lifetime_s={self.lifetime_s} is not longer than "

@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from shoal.base.errors import Leaving, UsageError
+from shoal.base.limits import check_positive
 from shoal.kernel.peer import Cost, Peer
 from shoal.lab.card import Arm, Budget, Claim, Source, System, at_least, at_most
 from shoal.parts.optimise.sgd import SGD
@@ -91,9 +92,8 @@ class MoDeST:
                 f"modest: success_fraction={self.success_fraction} of sample_size={size} is less "
                 "than one model (raise it)"
             )
-        for name in ("ping_timeout_s", "aggregation_timeout_s", "idle_rounds"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise UsageError(f"modest: {name}={getattr(self, name)}; need a positive number")
+        times = ("ping_timeout_s", "aggregation_timeout_s", "idle_rounds")
+        check_positive("modest", self, *times, finite=True)
         for name in ("inactivity_rounds", "adverts", "batch_size"):
             if getattr(self, name) < 1:
                 raise UsageError(f"modest: {name}={getattr(self, name)}; need at least 1")
