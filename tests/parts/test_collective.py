@@ -229,7 +229,7 @@ class Trains:
 def run_group(program: Any, peers: int, faults: tuple[Any, ...] = (), seed: int = 0) -> Any:
     links = Links(latency_s=0.01, uplink_bytes_per_s=1e6)
     return simulate(
-        lambda peer: Master() if peer == 0 else program,
+        lambda peer: Master(end_s=100.0) if peer == 0 else program,
         Network(peers + 1, links=links, faults=faults), seed=seed, settings=STRICT,
     )  # fmt: skip
 
@@ -280,7 +280,7 @@ def fault_list(seed: int) -> tuple[Any, ...]:
     for k in range(1 + int(4 * draw("faults"))):
         order = sorted(range(1, 6), key=lambda peer: draw("who", k, peer))
         who = tuple(order[: 1 + int(3 * draw("victims", k))])
-        at = round(3 * draw("at", k), 3)
+        at = 0.0 if draw("at once", k) < 0.2 else round(3 * draw("at", k), 3)
         end = round(at + 0.05 + 2.5 * draw("until", k), 3)
         until = end if draw("ends", k) < 0.5 else None
         made.append(
@@ -294,6 +294,13 @@ def fault_list(seed: int) -> tuple[Any, ...]:
             )[int(6 * draw("kind", k))]
         )
     return tuple(made)
+
+
+def test_who_comes_back_when_all_is_done_is_told_that_it_is_not_in_the_group() -> None:
+    program = Trains(5, rounds=3)
+    assert run_group(program, 5, (Crash(who=(1, 3), at=0.0, until=5.029),), 1084).finished
+    assert {("left", 1, "TooFewPeers"), ("left", 3, "TooFewPeers")} <= set(program.log)
+    check_parity(program.log)
 
 
 @pytest.mark.parametrize("block", range(4))

@@ -242,6 +242,8 @@ class Communicator:
         if self._operations or self._call_name:
             what = self._call_name or f"operations of tags {sorted(self._operations)}"
             raise PendingOperations(f"{name}: {what} still in flight (await it first)")
+        if name != "update_topology":
+            self._need_a_place(name)
         self._turn += 1
         self._call_name, self._detail = name, detail
         try:
@@ -262,6 +264,11 @@ class Communicator:
             raise RevisionViolation(f"{name}: the revision is not the last agreed one plus one")
         raise SyncFailed(f"{name}: not every peer could fetch the state (update, and try again)")
 
+    def _need_a_place(self, name: str) -> None:
+        # The master waits for the votes of those whom it let in, so this one would wait for good.
+        if self.rank < 0 and self._lost is None:
+            raise TooFewPeers(f"{name}: this peer is not in the group (call update_topology first)")
+
     # All-reduce.
 
     async def all_reduce(
@@ -274,6 +281,7 @@ class Communicator:
         """
         ring = replace(self._settings, op=op, quantise=quantise)
         ring.check(values)
+        self._need_a_place("all_reduce")
         if self._call_name:
             raise PendingOperations(f"all_reduce: {self._call_name} is in flight (await it first)")
         if tag in self._operations:
