@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -326,21 +326,24 @@ class Lockstep:
 
     def _work(self, on: Tensor, keys: Tensor, round: int, received: Tensor | None) -> _Work:
         """Local work of the rows that take part; the other rows keep what they had."""
-        pieces: list[_Work] = []
-        order: list[Tensor] = []
+        groups: list[tuple[Tensor, Any]] = []
         for rows, shard in self.shards:
             inside = on[rows].nonzero().flatten()
             if len(inside) == 0:
                 continue
             whole = len(inside) == len(rows)
-            order.append(rows if whole else rows[inside])
             mine = shard if whole else self._select(shard, inside)
-            pieces.extend(self._chunks(order[-1], mine, keys, round, received))
-        if not pieces:
+            groups.append((rows if whole else rows[inside], mine))
+        if not groups:
             none = torch.zeros_like(on, dtype=torch.int64)
             return _Work(self.state, self.codec, none, self._params(), None, {})
-        done = pieces[0] if len(pieces) == 1 else tree.merge_trees(_CatOnce(), pieces)
+        order = [rows for rows, _ in groups]
         rows = torch.cat(order)
+        joined = _Joined(len(rows))
+        for some, mine in groups:
+            for piece in self._chunks(some, mine, keys, round, received):
+                joined.take(piece)
+        done: _Work = joined.whole
         if len(rows) == self.total:
             if len(order) == 1:
                 return done
@@ -360,7 +363,7 @@ class Lockstep:
 
     def _chunks(
         self, rows: Tensor, shard: Any, keys: Tensor, round: int, received: Tensor | None
-    ) -> list[_Work]:
+    ) -> Iterator[_Work]:
         """One group of rows, in parts that fit the memory bound and keep every worker busy."""
         most = max(1, self.settings.chunk_bytes // (self.shared.task.spec.dim * 4))
         if self.executor.workers > 1:
@@ -377,7 +380,10 @@ class Lockstep:
                     round,
                 )
             )  # fmt: skip
-        return self.executor.run(_work, batches)
+        # One after the other where they run here, so that only one lives beside what they make.
+        at_once = len(batches) if self.executor.workers > 1 else 1
+        for i in range(0, len(batches), at_once):
+            yield from self.executor.run(_work, batches[i : i + at_once])
 
     def _attacked(
         self, current: Tensor, codec: Any, keys: Tensor, round: int, hop: int
@@ -574,17 +580,48 @@ class _Lies:
         return row[which], slot + 1, told[which], liar
 
 
-class _CatOnce:
-    """`torch.cat` that gives one result for the same tensors: what is sent is often the state."""
+class _Joined:
+    """Pieces of some rows as one tree, each copied to its place as soon as it is there.
 
-    def __init__(self) -> None:
-        self._made: dict[tuple[int, ...], Tensor] = {}
+    A tensor that stands in two places of the pieces does so in the whole: what is sent is often
+    the state.
+    """
 
-    def __call__(self, tensors: list[Tensor]) -> Tensor:
-        key = tuple([id(tensor) for tensor in tensors])
-        if key not in self._made:
-            self._made[key] = torch.cat(tensors)
-        return self._made[key]
+    def __init__(self, rows: int) -> None:
+        self._rows = rows
+        self._at = 0
+        self._made: list[Tensor] = []
+        self._structure: Any = None
+        self._places: list[int] = []
+
+    def take(self, piece: Any) -> None:
+        """The next rows."""
+        leaves, structure = tree.flatten(piece)
+        seen: dict[int, int] = {}
+        places = [seen.setdefault(id(leaf), place) for place, leaf in enumerate(leaves)]
+        if not self._made:
+            self._structure, self._places = structure, places
+            alone = len(leaves[0]) == self._rows
+            self._made = [
+                leaf if alone else leaf.new_empty((self._rows, *leaf.shape[1:])) if first == place
+                else leaf
+                for place, (leaf, first) in enumerate(zip(leaves, places, strict=True))
+            ]  # fmt: skip
+            if alone:
+                return
+        if structure != self._structure or places != self._places:
+            raise UsageError(
+                "lockstep: a strategy's state has another structure for some rows than for others "
+                "(return the same tree whatever the numbers)"
+            )
+        for place, leaf in enumerate(leaves):
+            if places[place] == place:
+                self._made[place][self._at : self._at + len(leaf)] = leaf
+        self._at += len(leaves[0])
+
+    @property
+    def whole(self) -> Any:
+        return tree.unflatten(self._structure, [self._made[place] for place in self._places])
 
 
 class _Mesh:
