@@ -24,6 +24,7 @@ _CAPITALS = {
     "alie": "ALIE",
     "sgd": "SGD",
     "adamw": "AdamW",
+    "diloco": "DiLoCo",
     "fashion": "Fashion",
     "fedzip": "FedZip",
     "transformer": "Transformer",

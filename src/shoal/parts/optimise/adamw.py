@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -43,8 +42,6 @@ class AdamW:
     decay: tuple[str | float, ...] = ("constant",)
     """settings of `base.Decay`: kind, steps, rate, warmup"""
 
-    plain_lr: ClassVar[None] = None
-
     def __post_init__(self) -> None:
         object.__setattr__(self, "decay", tuple(self.decay))
         Decay.of(self.decay)
@@ -57,6 +54,10 @@ class AdamW:
     @cached_property
     def schedule(self) -> Decay:
         return Decay.of(self.decay)
+
+    @property
+    def plain_lr(self) -> None:
+        """No plain step: there are moving averages to keep."""
 
     def init(self, params: Vector) -> AdamWState:
         return AdamWState(torch.zeros_like(params), torch.zeros_like(params), start_count(params))
