@@ -17,7 +17,8 @@ from pathlib import Path
 import pytest
 
 from shoal.base.errors import SimulationError, UsageError
-from shoal.engine.live.join import Joining, Status, join_live
+from shoal.engine.live.join import join_live
+from shoal.engine.live.joining import Joining, Status
 from shoal.engine.live.settings import LiveSettings
 from shoal.wire.identity import Identity
 from shoal.wire.message import message

@@ -23,7 +23,7 @@ from shoal.cli.options import (
 )  # fmt: skip
 
 if TYPE_CHECKING:
-    from shoal.engine.live.join import Status
+    from shoal.engine.live.joining import Status
     from shoal.wire.identity import Identity
     from shoal.world.record import Row, Run
 
@@ -102,7 +102,7 @@ def command(
         raise typer.Exit
     if what is None:
         raise UsageError("FILE_OR_NAME is missing (such as `shoal peer dpsgd`)")
-    from shoal.engine.live.join import Joining
+    from shoal.engine.live.joining import Joining
     from shoal.lab.joined import chosen, run_peer
 
     experiment = experiment_of(what)

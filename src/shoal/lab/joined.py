@@ -19,7 +19,7 @@ from shoal.world.record import Row, Run
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from shoal.engine.live.join import Joining, Status
+    from shoal.engine.live.joining import Joining, Status
     from shoal.lab.experiment import Experiment
 
 

@@ -9,6 +9,9 @@ compute.py    local work in a thread (worker.py), so that the loop keeps answeri
 memory.py     what survives a crash, in memory or in files (store.py)
 launch.py     `run_live`: one process or several (member.py), from the announced start to the
               merged `Run`; control.py: what they say to each other
+join.py       `join_live`: one peer of a run that nobody launches (joining.py, its settings); it
+              keeps up with the others by circle.py, desk.py and book.py, and comes back from a
+              crash as who it was (membership.py)
 settings.py   how the engine works
 
 What is real here is not simulated: `network.links` and `network.device` give no latency, bandwidth
