@@ -492,3 +492,31 @@ def test_a_large_frame_does_not_overtake_many_small_ones_of_its_kind() -> None:
             link.write(lane, 1 << 30)
         link.run()
         assert [made.number for made, _ in link.got] == list(range(401))
+
+
+def test_what_is_pushed_after_the_last_word_waits_for_another_connection() -> None:
+    link = Link()
+    link.send(Left(0, vector(0, 1.4)))
+    link.run()
+    lane, receiver = link.lanes[0]
+    assert not link.outflow.busy
+    receiver.leave_please()
+    link.answer(lane, receiver)
+    assert lane.unwanted
+    lane.bye()
+    for number in (1, 2):
+        link.send(Right(number, vector(number, 0.7 * number)))
+    link.run()
+    assert receiver.bye
+    assert len(link.got) == 1
+    link.reconnect(0)
+    link.run()
+    assert [each.number for each, _ in link.got] == [0, 1, 2]
+
+
+def test_nothing_comes_after_the_last_word() -> None:
+    bye, frame = Record(Kind.BYE).pack(), codec.encode(Plain(1, 0.5, True, "", b""))
+    assert take(DEFAULT, bye).bye
+    for more in (bye, Record(Kind.PING).pack(), b"".join(frame)):
+        with pytest.raises(DecodeError, match="after BYE"):
+            take(DEFAULT, bye + more)

@@ -169,6 +169,8 @@ class Receiver:
         self.hello: Record | None = None
         self.unsent = bytearray()
         self.heard_pings = 0
+        self.bye = False
+        """whether the caller said that nothing more comes here"""
         self._granted = 0
         self._chunk_bytes = 0
         self._flow: Inflow | None = None
@@ -203,8 +205,14 @@ class Receiver:
         """The next whole frame, or None when more bytes are needed."""
         frame = self.cutter.next()
         if frame is not None:
+            if self.bye:
+                raise DecodeError("connection: a frame after BYE")
             self._check()
         return frame
+
+    def leave_please(self) -> None:
+        """Ask the caller to close the connection."""
+        self.unsent += Record(Kind.LEAVE).pack()
 
     @property
     def spent(self) -> int:
@@ -221,9 +229,11 @@ class Receiver:
     # Handler of the cutter.
 
     def place(self, record: Record) -> memoryview:
+        if self.bye:
+            raise DecodeError(f"connection: {record.kind.name} after BYE")
         if record.kind is Kind.CHUNK and self._flow is not None:
             return self._flow.place(record)
-        if record.kind is Kind.PING and self._flow is not None:
+        if record.kind in (Kind.PING, Kind.BYE) and self._flow is not None:
             return NOTHING
         if record.kind is Kind.HELLO and self.hello is None:
             return NOTHING
@@ -240,6 +250,8 @@ class Receiver:
             if len(self.unsent) > _MOST_UNSENT + self.limits.open_frames * 256:
                 raise DecodeError("connection: asks and does not read")
             self.unsent += Record(Kind.PONG, number=record.number).pack()
+        elif record.kind is Kind.BYE:
+            self.bye = True
         else:
             self.hello = record
 

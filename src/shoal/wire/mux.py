@@ -39,7 +39,9 @@ class Kind(IntEnum):
     CHUNK: bytes of frame `number` of `total` bytes, from `part * CHUNK_BYTES` on; it is delivered
     after frame `number - back` (0: after none). DONE: frame `number` is with its receiver. CREDIT:
     the caller may send `total` bytes of frames and chunks, counted from the connection's start.
-    PING: answered by a PONG of the same number.
+    PING: answered by a PONG of the same number. BYE: the last word of a caller on this connection;
+    all that it sent was received. LEAVE: the called peer would rather have the connection closed;
+    the caller says BYE unless it needs it.
     """
 
     HELLO = 1
@@ -50,6 +52,8 @@ class Kind(IntEnum):
     CREDIT = 6
     PING = 7
     PONG = 8
+    BYE = 9
+    LEAVE = 10
 
 
 class Record(NamedTuple):
@@ -74,7 +78,7 @@ class Record(NamedTuple):
     def unpack(cls, data: Buffer) -> Record:
         """Inverse of `pack`; DecodeError for anything else."""
         magic, kind, *rest = RECORD.unpack_from(data)
-        if magic != MAGIC or not 1 <= kind <= Kind.PONG:
+        if magic != MAGIC or not 1 <= kind <= Kind.LEAVE:
             raise DecodeError(f"record: starts with {magic!r} and kind {kind}")
         return cls(Kind(kind), *rest)
 

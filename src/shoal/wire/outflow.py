@@ -308,6 +308,10 @@ class Lane:
         self._units: deque[tuple[list[memoryview], int, int]] = deque()
         self._written = 0
         self._granted = 0
+        self.closing = False
+        """whether nothing more goes here"""
+        self.unwanted = False
+        """whether the called peer asked to close the connection"""
         self._spent = 0
         self._have: dict[int, memoryview] = {}
 
@@ -323,6 +327,11 @@ class Lane:
         parts: list[memoryview] = []
         skip = self._written
         for buffers, _, _ in self._units:
+    def bye(self) -> None:
+        """Say the last word; the flow must have nothing on its way here."""
+        self.closing = True
+        self._urgent.append(Record(Kind.BYE).pack())
+
             if not skip:
                 parts += buffers
             else:
@@ -346,10 +355,11 @@ class Lane:
     def _fill(self) -> None:
         """The next batch: records, small frames, and a chunk."""
         units, flow = self._units, self.flow
-        for record in self._urgent:
-            units.append(([memoryview(record)], len(record), _CONTROL))
-        self._urgent.clear()
-        if not self.ready:
+        if self._urgent:
+            for record in self._urgent:
+                units.append(([memoryview(record)], len(record), _CONTROL))
+            self._urgent.clear()
+        if not self.ready or self.closing:
             return
         room = min(_BATCH_BYTES, self._granted - self._spent)
         if not self._number:
@@ -415,7 +425,7 @@ class Lane:
 
     def place(self, record: Record) -> memoryview:
         kind = record.kind
-        if kind in (Kind.CHUNK, Kind.PING) or (self.life is None) != (kind is Kind.HELLO):
+        if kind in (Kind.CHUNK, Kind.PING, Kind.BYE) or (self.life is None) != (kind is Kind.HELLO):
             raise DecodeError(f"connection: unexpected {kind.name}")
         if self.ready and kind in (Kind.HAVE, Kind.READY):
             raise DecodeError(f"connection: {kind.name} after READY")
@@ -447,6 +457,8 @@ class Lane:
         if len(self._have) >= self.flow.limits.open_frames:
             raise DecodeError("connection: more frames than can be open")
         self._have[number] = here
+            case Kind.LEAVE:
+                self.unwanted = True
 
     def pop(self) -> None:
         return None
