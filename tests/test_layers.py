@@ -34,7 +34,7 @@ MAY_TELL_THE_DATE = ("lab.report",)
 
 WITHOUT_TORCH = ("base", "wire", "kernel", "world")
 """Layers whose modules import torch inside functions only, if at all."""
-TORCH_ANYWAY = {"wire.codec": "turns tensors into bytes"}
+TORCH_ANYWAY = {"wire.tensors": "turns tensors into bytes; loaded with the first of them"}
 
 PARTS_EDGES = {
     ("strategy", "optimise"): "a strategy's default optimiser is SGD",
@@ -267,6 +267,17 @@ def test_every_named_edge_between_roles_is_in_use() -> None:
 def test_the_tables_name_what_exists() -> None:
     for place in (*MAY_TOUCH_IT, *TORCH_ANYWAY):
         assert place in modules(), place
+
+
+def test_a_live_peer_starts_without_torch_and_numpy() -> None:
+    script = (
+        "import sys, shoal.engine.live.join; "
+        "print([m for m in sys.modules if m in ('torch', 'numpy', 'scipy')])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=50
+    )
+    assert done.stdout.strip() == "[]"
 
 
 def test_importing_shoal_leaves_torch_and_the_lab_alone() -> None:

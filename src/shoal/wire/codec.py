@@ -14,18 +14,20 @@ memory is taken for it.
 
 from __future__ import annotations
 
-import math
 import struct
+import sys
 import threading
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import msgspec
-import torch
-from torch import Tensor
 
 from shoal.base.errors import DecodeError, MessageTooLarge, UndeclaredMessage, WireError
 from shoal.base.limits import DEFAULT, Limits
 from shoal.wire.message import Message, Packed, kind_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Buffer = bytes | bytearray | memoryview
 
@@ -35,26 +37,32 @@ VERSION = 1
 _TENSOR = 1
 _SEGMENT = 2
 _PLACE = struct.Struct("<IQ")
-_DTYPES = (
-    torch.float32,
-    torch.float64,
-    torch.float16,
-    torch.bfloat16,
-    torch.int64,
-    torch.int32,
-    torch.int16,
-    torch.int8,
-    torch.uint8,
-    torch.bool,
-    torch.complex64,
-    torch.complex128,
-)
-_DTYPE_CODES = {dtype: code for code, dtype in enumerate(_DTYPES)}
-_MOST_DIMS = 8
 ALIGNMENT = 64
 """Where torch puts its own tensors, and what makes results independent of a tensor's address."""
 
 _local = threading.local()
+
+
+def _tensors() -> Any:
+    """`shoal.wire.tensors`, or None: while nobody has loaded torch there are no tensors.
+
+    So a program without tensors need not wait for torch, and a stranger cannot make it load torch.
+    """
+    global _module
+    if _module is None and "torch" in sys.modules:
+        from shoal.wire import tensors
+
+        _module = tensors
+    return _module
+
+
+_module: ModuleType | None = None
+
+
+def is_tensor(value: Any) -> bool:
+    """Whether a value is a tensor; does not load torch to find out."""
+    tensors = _tensors()
+    return tensors is not None and isinstance(value, tensors.Tensor)
 
 
 def _pad(length: int) -> int:
@@ -64,20 +72,11 @@ def _pad(length: int) -> int:
 def _hook(value: Any) -> msgspec.msgpack.Ext:
     parts: list[Any] = _local.parts
     index = len(parts)
-    if isinstance(value, Tensor):
-        code = _DTYPE_CODES.get(value.dtype)
-        if code is None:
-            raise UndeclaredMessage(f"a tensor of {value.dtype} cannot be sent (convert it)")
-        if value.dim() > _MOST_DIMS:
-            raise UndeclaredMessage(f"a tensor of {value.dim()} axes cannot be sent; at most 8")
-        if value.layout != torch.strided or value.is_meta:
-            raise UndeclaredMessage(
-                f"a tensor of layout {value.layout} on {value.device} cannot be sent (densify it)"
-            )
-        length = value.numel() * value.element_size()
+    tensors = _tensors()
+    if tensors is not None and isinstance(value, tensors.Tensor):
+        length, form = tensors.describe(value)
         parts.append((value, length))
-        shape = struct.pack(f"<{value.dim()}Q", *value.shape)
-        return msgspec.msgpack.Ext(_TENSOR, _PLACE.pack(index, length) + bytes((code,)) + shape)
+        return msgspec.msgpack.Ext(_TENSOR, _PLACE.pack(index, length) + form)
     if isinstance(value, Packed):
         length = value.byte_count()
         parts.append((value, length))
@@ -117,15 +116,7 @@ def size_of(message: Message) -> int:
 
 
 def _raw(part: Any) -> Buffer:
-    if not isinstance(part, Tensor):
-        return part.pack()
-    # Conjugation and negation are lazy bits of a view; bytes know nothing of them.
-    dense = part.detach().resolve_conj().resolve_neg().cpu().contiguous()
-    if dense.numel() == 0:
-        return b""
-    # Not `reshape(-1)`: an axis of length 1 counts as contiguous and may keep any stride.
-    flat = dense.as_strided((dense.numel(),), (1,))
-    return flat.view(torch.uint8).numpy().data
+    return part.pack() if isinstance(part, Packed) else _tensors().raw(part)
 
 
 def encode(message: Message, request: int = 0) -> list[Buffer]:
@@ -257,32 +248,16 @@ def _extension(code: int, data: memoryview) -> Tensor | Packed:
         return Packed(_local.body.take(index, length))
     if code != _TENSOR or len(data) < _PLACE.size + 1 or (len(data) - _PLACE.size - 1) % 8:
         raise DecodeError(f"frame: unknown extension {code}")
-    dims = (len(data) - _PLACE.size - 1) // 8
-    if data[_PLACE.size] >= len(_DTYPES) or dims > _MOST_DIMS:
-        raise DecodeError("frame: unknown tensor type")
-    dtype = _DTYPES[data[_PLACE.size]]
-    shape = struct.unpack_from(f"<{dims}Q", data, _PLACE.size + 1)
-    # An empty tensor may still claim axes whose strides overflow.
-    if math.prod(shape) * dtype.itemsize != length or math.prod(s or 1 for s in shape) > 1 << 56:
-        raise DecodeError(f"frame: shape {shape} does not take {length} bytes")
-    piece = _local.body.take(index, length)
-    if length == 0:
-        return torch.empty(shape, dtype=dtype, device="cpu")
-    if piece.readonly:
-        # torch has no read-only tensors; a received message is its receiver's own.
-        piece = memoryview(bytearray(piece))
-    raw = torch.frombuffer(piece, dtype=torch.uint8)
-    if raw.data_ptr() % ALIGNMENT:
-        raw = raw.clone()
-    if dtype == torch.bool and int(raw.max()) > 1:
-        raise DecodeError("frame: a truth value that is neither 0 nor 1")
-    return raw.view(dtype).reshape(shape)
+    tensors = _tensors()
+    if tensors is None:
+        raise DecodeError("frame: a tensor, but no message with tensors is declared here")
+    form = tensors.read_form(data[_PLACE.size :], length)
+    return tensors.view(_local.body.take(index, length), *form)
 
 
 def _typed(kind: type, value: Any) -> Any:
-    if kind is Tensor and isinstance(value, Tensor):
-        return value
-    if kind is Packed and isinstance(value, Packed):
+    # Of all types of fields, only these two are not msgspec's own.
+    if isinstance(value, kind):
         return value
     raise DecodeError(f"frame: expected {kind.__name__}, got {type(value).__name__}")
 

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import msgspec
-import numpy as np
 
 from shoal.base.errors import DecodeError
 from shoal.wire.codec import ALIGNMENT, Buffer
@@ -108,6 +107,8 @@ def place(total: int, body: int) -> memoryview:
     Untouched pages take no memory until bytes arrive for them, so a prefix that claims a gigabyte
     costs its sender a gigabyte too.
     """
+    import numpy as np  # a process that only looks after others need not load it
+
     raw = np.empty(total + ALIGNMENT, dtype=np.uint8)
     shift = -(raw.__array_interface__["data"][0] + body) % ALIGNMENT
     return raw.data[shift : shift + total]

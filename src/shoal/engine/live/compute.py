@@ -10,7 +10,6 @@ from shoal.base.errors import UsageError
 from shoal.engine.live.worker import Worker
 from shoal.kernel.peer import Batching, Cost
 from shoal.kernel.waits import Wait
-from shoal.tensor import tree
 
 if TYPE_CHECKING:
     from shoal.engine.live.driver import Driver
@@ -35,6 +34,10 @@ class Compute:
     ) -> Wait:  # fmt: skip
         if batch not in ("leading", "vmap", "never"):
             raise UsageError(f"compute: batch={batch!r}; need 'leading', 'vmap' or 'never'")
+        from shoal.tensor import (
+            tree,  # has torch, which a program without computations need not load
+        )
+
         tree.flatten(args)  # arguments that could not be batched in simulation are refused here too
         if cost is not None:
             self.flops += cost.flops

@@ -8,9 +8,7 @@ from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from time import time_ns
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from shoal.base.errors import PeerError, WireError
 from shoal.base.ids import PeerId
@@ -35,6 +33,9 @@ from shoal.wire.handshake import Credentials
 from shoal.wire.identity import Identity
 from shoal.wire.message import Message, declared_kinds
 from shoal.world.record import Happening, Row, Run
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _LINGER_S = 2.0
 _COUNT_EVERY_S = 0.25

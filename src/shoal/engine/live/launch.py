@@ -9,9 +9,7 @@ from dataclasses import asdict
 from multiprocessing import process as current
 from queue import Empty, SimpleQueue
 from time import monotonic, time_ns
-from typing import Any, Protocol
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Protocol
 
 from shoal.base.errors import SimulationError, UsageError
 from shoal.base.limits import DEFAULT, Limits
@@ -26,6 +24,9 @@ from shoal.tensor.threads import one_thread
 from shoal.wire.frame import agreement
 from shoal.world.network import Network
 from shoal.world.record import Happening, Row, Run, digest_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # How far ahead the start is announced: longer than a command takes to reach a process.
 _AHEAD_NS = {True: 10_000_000, False: 200_000_000}

@@ -14,11 +14,10 @@ from multiprocessing.connection import Connection
 from queue import SimpleQueue
 from typing import Any, Protocol
 
-import torch
-
 from shoal.base.errors import ProgramError, UsageError
 from shoal.engine.live import control
 from shoal.engine.live.driver import Driver
+from shoal.tensor.threads import one_thread
 
 Tell = Callable[[control.Report], None]
 
@@ -155,7 +154,12 @@ class Spawned:
 
 
 def _child(pipe: Connection) -> None:
-    torch.set_num_threads(1)
+    # For a torch that a program loads only when it runs, too.
+    with one_thread():
+        _serve(pipe)
+
+
+def _serve(pipe: Connection) -> None:
     reports: SimpleQueue[control.Report | None] = SimpleQueue()
     writer = threading.Thread(target=_write, args=(pipe, reports), daemon=True)
     writer.start()

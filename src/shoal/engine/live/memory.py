@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
 from shoal.engine.live.store import DiskStore
 from shoal.engine.live.worker import Worker
 from shoal.kernel.waits import Wait
+from shoal.wire.codec import is_tensor
 
 if TYPE_CHECKING:
     from shoal.engine.live.driver import Driver
@@ -28,19 +27,18 @@ class Memory:
         self._items: dict[int, dict[str, Any]] = {peer: {} for peer in peers}
         for peer, disk in self._disks.items():
             self._items[peer] = disk.load()
+            if disk.repaired:
+                driver.closed(peer, f"lost the end of its store: {disk.repaired}")
         self._worker = Worker(driver.loop, "store") if directory else None
 
     def get(self, peer: int, key: str) -> Any:
-        value = self._items[peer].get(key)
+        value: Any = self._items[peer].get(key)
         # The reader owns what it gets; what is durable must not change with it.
-        return value.clone() if isinstance(value, Tensor) else value
+        return value.clone() if is_tensor(value) else value
 
     def commit(self, peer: int, items: Mapping[str, Any]) -> Wait:
         wait = Wait(self._driver.ready)
-        frozen = {
-            key: value.clone() if isinstance(value, Tensor) else value
-            for key, value in items.items()
-        }
+        frozen = {key: value.clone() if is_tensor(value) else value for key, value in items.items()}
         if self._worker is None:
             self._driver.loop.call_soon(self._kept, peer, wait, frozen)
         else:
