@@ -60,6 +60,14 @@ def _has_aes() -> bool:
                for name, _, text in flags)  # fmt: skip
 
 
+@lru_cache(maxsize=4096)
+def _speaks_for(static: bytes, public: bytes, signature: bytes) -> bool:
+    """Whether an identity signed a Noise key. Remembered, as it is the same for the life of the
+    other side's process, and a third of a handshake's time; that the other side holds the key is
+    proved in every handshake anew."""
+    return verify(public, _SIGNED + static, signature)
+
+
 class Credentials:
     """An identity with a Noise key pair for the life of this process, which the identity signed."""
 
@@ -300,7 +308,7 @@ class Handshake:
         if len(payload) != _PROOF.size:
             raise HandshakeError("malformed", f"a proof of {len(payload)} bytes")
         proof = Proof._make(_PROOF.unpack(payload))
-        if not verify(proof.public, _SIGNED + self._noise.remote_static, proof.signature):
+        if not _speaks_for(self._noise.remote_static, proof.public, proof.signature):
             raise HandshakeError(
                 "identity", f"{peer_name(proof.public)} did not sign the key that speaks for it"
             )
