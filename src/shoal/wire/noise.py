@@ -95,14 +95,14 @@ class CipherState:
 
     def encrypt_into(self, plaintext: Buffer, place: memoryview) -> None:
         """As `encrypt`, into a place of 16 bytes more than the plaintext."""
-        self._aead.encrypt_into(self._pack(0, self.count), plaintext, _EMPTY, place)
+        self._aead.encrypt_into(self._pack(0, self.count), plaintext, None, place)
         self._advance()
 
     def decrypt_into(self, ciphertext: Buffer, place: memoryview) -> None:
         """As `decrypt`, into a place of 16 bytes less than the ciphertext; what stands in the place
         after an error is of no use."""
         try:
-            self._aead.decrypt_into(self._pack(0, self.count), ciphertext, _EMPTY, place)
+            self._aead.decrypt_into(self._pack(0, self.count), ciphertext, None, place)
         except _invalid_tag():
             raise Unauthentic from None
         self._advance()

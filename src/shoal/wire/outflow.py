@@ -124,7 +124,8 @@ class Outflow:
         self.small: deque[tuple[list[memoryview], int]] = deque()
         self._smalls = 0
         self._larges = 0
-        self._smalls_gone = 0
+        self.smalls_gone = 0
+        """small frames that are written"""
         self._large: dict[int, _Large] = {}
         self._queues: dict[int, deque[_Large]] = {}
         self._idle: deque[int] = deque()
@@ -136,8 +137,12 @@ class Outflow:
 
     def push(self, frame: Iterable[Buffer]) -> None:
         """Append the buffers of one frame; they stay borrowed until it is settled."""
-        parts = [memoryview(buffer) for buffer in frame if len(buffer)]
-        size = sum(map(len, parts))
+        parts: list[memoryview] = []
+        size = 0
+        for buffer in frame:
+            if length := len(buffer):
+                parts.append(memoryview(buffer))
+                size += length
         self.waiting_bytes += size
         if size <= SMALL_BYTES and not self._latest:
             self._smalls += 1
@@ -168,7 +173,12 @@ class Outflow:
 
     def settled(self, mark: tuple[int, int]) -> bool:
         """Whether all frames pushed before the mark are written (small) or received (large)."""
-        return self._smalls_gone >= mark[0] and next(iter(self._large), mark[1] + 1) > mark[1]
+        return self.smalls_gone >= mark[0] and next(iter(self._large), mark[1] + 1) > mark[1]
+
+    @property
+    def offers(self) -> bool:
+        """Whether a lane with credit might find something to send."""
+        return bool(self.small or self._turns or self._idle)
 
     @property
     def busy(self) -> bool:
@@ -177,9 +187,9 @@ class Outflow:
 
     def clear(self) -> int:
         """Forget everything; how many frames were not settled."""
-        lost = self._smalls - self._smalls_gone + len(self._large)
+        lost = self._smalls - self.smalls_gone + len(self._large)
         self.small.clear()
-        self._smalls_gone = self._smalls
+        self.smalls_gone = self._smalls
         for each in (self._large, self._queues, self._idle, self._turns, self._latest,
                      self._begun):  # fmt: skip
             each.clear()
@@ -202,9 +212,6 @@ class Outflow:
         self._broken = self.pushed
 
     # What lanes do.
-
-    def small_gone(self) -> None:
-        self._smalls_gone += 1
 
     def large(self, lane: int) -> _Large | None:
         """The large frame whose turn it is on this lane."""
@@ -301,6 +308,10 @@ class Lane:
         self.pong = -1
         """number of the last ping that was answered"""
         self.sent_bytes = 0
+        self.closing = False
+        """whether nothing more goes here"""
+        self.unwanted = False
+        """whether the called peer asked to close the connection"""
         self._number = number
         self._urgent: list[bytes] = [
             Record(Kind.HELLO, number=number, part=lanes, total=life).pack()
@@ -308,10 +319,6 @@ class Lane:
         self._units: deque[tuple[list[memoryview], int, int]] = deque()
         self._written = 0
         self._granted = 0
-        self.closing = False
-        """whether nothing more goes here"""
-        self.unwanted = False
-        """whether the called peer asked to close the connection"""
         self._spent = 0
         self._have: dict[int, memoryview] = {}
 
@@ -320,18 +327,18 @@ class Lane:
     def ping(self, number: int) -> None:
         self._urgent.append(Record(Kind.PING, number=number).pack())
 
-    def head(self) -> list[memoryview]:
-        """What to hand to the next gathering write; empty when there is nothing to send."""
-        if not self._units:
-            self._fill()
-        parts: list[memoryview] = []
-        skip = self._written
-        for buffers, _, _ in self._units:
     def bye(self) -> None:
         """Say the last word; the flow must have nothing on its way here."""
         self.closing = True
         self._urgent.append(Record(Kind.BYE).pack())
 
+    def head(self) -> list[memoryview]:
+        """What to hand to the next gathering write; empty when there is nothing to send."""
+        if not self.wants:
+            return []
+        parts: list[memoryview] = []
+        skip = self._written
+        for buffers, _, _ in self._units:
             if not skip:
                 parts += buffers
             else:
@@ -348,7 +355,7 @@ class Lane:
     @property
     def wants(self) -> bool:
         """Whether something could be written now."""
-        if not self._units:
+        if not self._units and (self._urgent or self.flow.offers):
             self._fill()
         return bool(self._units)
 
@@ -399,7 +406,7 @@ class Lane:
             _, size, what = units.popleft()
             self._written -= size
             if what == _SMALL:
-                flow.small_gone()
+                flow.smalls_gone += 1
                 flow.waiting_bytes -= size
             elif what == _CHUNK:
                 flow.waiting_bytes -= size - PREFIX.size
@@ -450,6 +457,8 @@ class Lane:
                 self.flow.done(record.number)
             case Kind.CREDIT:
                 self._granted = max(self._granted, record.total)
+            case Kind.LEAVE:
+                self.unwanted = True
             case _:
                 self.pong = max(self.pong, record.number)
 
@@ -457,8 +466,6 @@ class Lane:
         if len(self._have) >= self.flow.limits.open_frames:
             raise DecodeError("connection: more frames than can be open")
         self._have[number] = here
-            case Kind.LEAVE:
-                self.unwanted = True
 
     def pop(self) -> None:
         return None

@@ -235,25 +235,23 @@ class Call:
         if sock is None or not self._welcome:
             return
         budget = _TURN_BYTES
-        blocked = False
+        wants = len(self.sealed) > 0 or lane.wants
         try:
-            while budget > 0:
+            while wants and budget > 0:
                 if self._session is not None:
-                    written = self._write_sealed(sock, self._session)
-                elif head := lane.head():
-                    written = sock.sendmsg(head)
-                    lane.advance(written)
+                    budget -= self._write_sealed(sock, self._session)
+                    if self.sealed:
+                        break  # The socket is full.
                 else:
-                    written = 0
-                if not written:
-                    break
-                budget -= written
+                    written = sock.sendmsg(lane.head())
+                    lane.advance(written)
+                    budget -= written
+                wants = lane.wants
         except (BlockingIOError, InterruptedError):
-            blocked = True
+            pass
         except OSError:
             self._outgoing.broken(self)
             return
-        wants = blocked or bool(self.sealed) or lane.wants
         if wants != self._watched:
             self._watched = wants
             if wants:
@@ -267,18 +265,16 @@ class Call:
             written = sock.send(self.sealed)
             self.sealed = self.sealed[written:]
             return written
-        head = self.lane.head()
-        if not head:
-            return 0
-        sealed, taken = session.seal(head, memory()[0])
+        sealed, taken = session.seal(self.lane.head(), memory()[0])
         # Sealed is as good as written: these bytes come next, whatever the lane gets meanwhile.
         self.lane.advance(taken)
         try:
             written = sock.send(sealed)
         except (BlockingIOError, InterruptedError):
             written = 0
-        # The memory is shared, so what stays is copied.
-        self.sealed = memoryview(bytes(sealed[written:]))
+        if written < len(sealed):
+            # The memory is shared, so what stays is copied.
+            self.sealed = memoryview(bytes(sealed[written:]))
         return written
 
     def _writable(self) -> None:
