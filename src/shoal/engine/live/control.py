@@ -6,17 +6,19 @@ of a network ever reaches it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from shoal.base.limits import Limits
 from shoal.engine.live.settings import LiveSettings
 from shoal.world.network import Network
-from shoal.world.record import Run
+from shoal.world.record import Happening, Row, Run
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from shoal.engine.live.joining import Status
 
 Address = tuple[str, int]
 
@@ -97,6 +99,15 @@ class Counted:
 
 
 @dataclass(frozen=True)
+class Told:
+    """How a joined peer is doing, and what it has recorded since it told the last time."""
+
+    status: Status
+    rows: Sequence[Row]
+    happenings: Sequence[Happening]
+
+
+@dataclass(frozen=True)
 class Failed:
     """A program or the engine raised."""
 
@@ -136,5 +147,5 @@ class Stop:
     """Send what is queued, close everything, and report."""
 
 
-Report = Ready | Idle | Entered | Observed | Counted | Failed | Done | Gone
+Report = Ready | Idle | Entered | Observed | Counted | Told | Failed | Done | Gone
 Command = Start | Entered | Stop

@@ -29,8 +29,9 @@ from shoal.engine.live.circle import Circle
 from shoal.engine.live.desk import Desk
 from shoal.engine.live.driver import Driver
 from shoal.engine.live.joining import Joining, Status
-from shoal.engine.live.launch import ON_THE_WAY, Observer
+from shoal.engine.live.launch import Observer
 from shoal.engine.live.membership import Membership, MembershipStore
+from shoal.engine.live.merging import ON_THE_WAY
 from shoal.engine.live.schedule import check_faults
 from shoal.engine.live.settings import LiveSettings
 from shoal.kernel.peer import Program

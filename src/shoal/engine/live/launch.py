@@ -9,29 +9,27 @@ from dataclasses import asdict
 from multiprocessing import process as current
 from queue import Empty, SimpleQueue
 from time import monotonic, time_ns
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from shoal.base.errors import SimulationError, UsageError
 from shoal.base.limits import DEFAULT, Limits
 from shoal.base.stopwatch import Stopwatch
 from shoal.engine.live import control
 from shoal.engine.live.member import InThread, Member, Spawned
+from shoal.engine.live.merging import merged
 from shoal.engine.live.schedule import check_faults
 from shoal.engine.live.settings import LiveSettings
-from shoal.engine.traffic import together
 from shoal.kernel.peer import Program
 from shoal.tensor.threads import one_thread
 from shoal.wire.frame import agreement
 from shoal.world.network import Network
-from shoal.world.record import Happening, Row, Run, digest_of
+from shoal.world.record import Happening, Row, Run
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 # How far ahead the start is announced: longer than a command takes to reach a process.
 _AHEAD_NS = {True: 10_000_000, False: 200_000_000}
-# Reasons for which a message that was sent did not arrive; the others are a receiver's own.
-ON_THE_WAY = ("lost", "dead", "partition", "corrupt", "refused")
 
 
 class Observer(Protocol):
@@ -272,42 +270,16 @@ class _Launch:
 
     def _merge(self, watch: Stopwatch, finished: bool) -> Run:
         plan = self._plans[0]
-        merged = Run(
-            engine="live", seed=plan.seed, peers=plan.network.peers, finished=finished,
-            settings={**asdict(self._settings), "processes": len(self._plans)},
-        )  # fmt: skip
         parts = [self._runs[part] for part in sorted(self._runs)]
-        for name in ("bytes_sent", "bytes_received"):
-            columns = [getattr(run, name) for run in parts] or [[0] * plan.network.peers]
-            setattr(merged, name, [sum(column) for column in zip(*columns, strict=True)])
-        merged.rows += together([run.series("bytes_sent") for run in parts])
-        for run in parts:
-            merged.rows += [row for row in run.rows if row.name != "bytes_sent" or row.peer >= 0]
-            merged.happenings += run.happenings
-            merged.messages_sent += run.messages_sent
-            merged.messages_delivered += run.messages_delivered
-            merged.flops += run.flops
-            merged.events += run.events
-            merged.final.update(run.final)
-            merged.virtual_s = max(merged.virtual_s, run.virtual_s)
-            _add(merged.dropped, run.dropped)
-            _add(merged.bytes_by_kind, run.bytes_by_kind)
-        on_the_way = sum(merged.dropped.get(reason, 0) for reason in ON_THE_WAY)
-        merged.messages_in_flight = merged.messages_sent - merged.messages_delivered - on_the_way
-        merged.rows.sort(key=lambda row: row.time_s)
-        merged.happenings += self._deaths
-        merged.happenings.sort(key=lambda happening: happening.time_s)
-        merged.final = dict(sorted(merged.final.items()))
-        merged.state_digest = digest_of(merged.final)
+        run = merged(parts, plan.seed, plan.network.peers)
+        run.finished = finished
+        run.settings = {**asdict(self._settings), "processes": len(self._plans)}
+        run.happenings += self._deaths
+        run.happenings.sort(key=lambda happening: happening.time_s)
         if self._observer is not None:
-            merged.rows += self._observer.rows()
-        merged.wall_s = watch.wall_s
-        merged.cpu_s = watch.cpu_s
+            run.rows += self._observer.rows()
+        run.wall_s = watch.wall_s
+        run.cpu_s = watch.cpu_s
         if len(self._plans) > 1:
-            merged.cpu_s += sum(run.cpu_s for run in parts)
-        return merged
-
-
-def _add(total: dict[str, int], part: dict[str, Any]) -> None:
-    for name, value in part.items():
-        total[name] = total.get(name, 0) + value
+            run.cpu_s += sum(run.cpu_s for run in parts)
+        return run
