@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, ClassVar
+
+import numpy as np
 
 from shoal.parts.tasks._images import Images, Table, held_out, table_of
 
@@ -30,9 +34,12 @@ class Digits(Images):
 
 @lru_cache(maxsize=4)
 def _table(standardise: bool, device: str) -> Table:
-    from sklearn.datasets import load_digits
-
-    x, y = load_digits(return_X_y=True)
-    x = x.reshape(-1, 8, 8) / 16.0
+    # The file alone: `sklearn.datasets` takes longer to import than all else that a peer needs.
+    package = find_spec("sklearn")
+    assert package is not None
+    assert package.origin is not None
+    file = Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz"
+    whole = np.loadtxt(file, delimiter=",")
+    x, y = whole[:, :-1].reshape(-1, 8, 8) / 16.0, whole[:, -1].astype(np.int64)
     train, test = held_out(y, 0.2)
     return table_of(x[train], y[train], x[test], y[test], standardise, device)
