@@ -116,6 +116,18 @@ class Socket:
         runtime.host.set_timer(runtime, at if at < FOREVER else FOREVER, wait)
         return await wait
 
+    async def map_port(self) -> Endpoint | None:
+        """Ask the NAT box for a port that lets everybody in (as UPnP IGD or NAT-PMP do).
+
+        The outer endpoint, good while the socket is open; None where there is no box that gives
+        one. No packet is simulated for it, and on real sockets nobody is asked.
+        """
+        runtime = self.runtime
+        if not runtime.alive:
+            await Wait(runtime.ready)
+        self._check_open()
+        return runtime.host.map_port(self)
+
     def close(self) -> None:
         """Give the port back; whoever waits for a datagram gets None."""
         if not self.closed:
@@ -149,8 +161,8 @@ class Datagrams:
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
         self._sockets: dict[Socket, None] = {}
-        self.arrived: Callable[[Any], None] | None = None
-        """what the engine does with a `Datagram` that was addressed to this peer"""
+        self.arrived: Callable[[Any, Runtime], None] | None = None
+        """what the engine does with a packet (a `Datagram`, or one of its own) to this peer"""
 
     def open(self, port: int = 0) -> Socket:
         """A socket on this port, 0 = any free one; UsageError when it is taken."""
@@ -171,7 +183,7 @@ class Datagrams:
         for socket in list(self._sockets):
             socket.close()
 
-    def deliver(self, datagram: Datagram) -> None:
+    def deliver(self, packet: Any) -> None:
         """One came to this peer, or to the NAT box before it."""
         if self.arrived is not None:
-            self.arrived(datagram)
+            self.arrived(packet, self._runtime)

@@ -11,6 +11,7 @@ from shoal.wire.message import Message
 
 if TYPE_CHECKING:
     from shoal.kernel.datagrams import Endpoint, Socket
+    from shoal.kernel.paths import Ways
     from shoal.kernel.peer import Batching, Cost
     from shoal.kernel.runtime import Runtime
 
@@ -61,6 +62,15 @@ class Host(Protocol):
         ...
 
     def unbind(self, socket: Socket) -> None: ...
+
+    def map_port(self, socket: Socket) -> Endpoint | None:
+        """The outer endpoint that the socket's NAT box opens for everybody, if it does."""
+        ...
+
+    @property
+    def ways(self) -> Ways:
+        """Who carries messages past NAT boxes."""
+        ...
 
     def neighbors(self, runtime: Runtime) -> Sequence[int]: ...
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from shoal.kernel.datagrams import Datagrams
+    from shoal.kernel.paths import Paths
     from shoal.kernel.tasks import TaskGroup
 
 T = TypeVar("T")
@@ -75,6 +76,7 @@ class Peer(Protocol):
     roster: tuple[PeerId, ...]
     store: Store
     datagrams: Datagrams
+    paths: Paths
     round: int
 
     @property

@@ -19,6 +19,7 @@ from shoal.base.units import FOREVER, NANOSECONDS, to_ns, to_s
 from shoal.kernel.datagrams import DATAGRAM, Datagrams
 from shoal.kernel.host import Host
 from shoal.kernel.mailbox import Mailbox, require_message
+from shoal.kernel.paths import Paths
 from shoal.kernel.peer import Batching, Cost, Envelope, Program, Store
 from shoal.kernel.tasks import Task, TaskGroup
 from shoal.kernel.waits import RecvWait, ReplyWait, Wait
@@ -59,6 +60,7 @@ class Runtime:
         self.mailbox = Mailbox(host.limits, host.drop)
         self.store: Store = RuntimeStore(self)
         self.datagrams = Datagrams(self)
+        self.paths = Paths(self)
         self._draws = keyed.fold(0, seed, "peer", peer)
         self._handlers: dict[type, Callable[[Any], Awaitable[object]]] = {}
         self._handling: dict[type, int] = {}

@@ -11,8 +11,9 @@ a probability. The classic names are those of RFC 3489, section 5:
     symmetric         address-and-port-dependent    address-and-port-dependent
     public            no box
 
-NAT boxes concern datagrams (`peer.datagrams`) alone: `peer.send` stands for a transport that is
-connected already, and passes them.
+NAT boxes concern datagrams (`peer.datagrams`). `peer.send` stands for a transport that is connected
+already, and passes them, unless a box says `messages=True`: then whoever is behind it can call
+others, and needs a path to be called (`peer.paths`).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import Any
 
 from shoal.base import keyed
 from shoal.base.errors import LimitReached, UsageError
-from shoal.base.units import to_ns
+from shoal.base.units import FOREVER, to_ns
 from shoal.kernel.datagrams import Endpoint
 
 INDEPENDENT = "endpoint-independent"
@@ -54,7 +55,8 @@ class NatBox:
     anybody, hosts or endpoints that it was used towards. lifetime_s: how long a mapping, and what
     it lets in, lasts after the last packet OUT (RFC 4787 REQ-5 demands 120 s or more; inbound
     traffic refreshes nothing, REQ-6). hairpin: whether peers behind the box reach each other by
-    external endpoints.
+    external endpoints. upnp: whether it gives a port that lets everybody in to who asks
+    (`Socket.map_port`). messages: whether it holds up `peer.send`, too.
 
     >>> NatBox.classic("symmetric", who=(3,)).name
     'symmetric'
@@ -65,6 +67,8 @@ class NatBox:
     filtering: str = PORT
     lifetime_s: float = 120.0
     hairpin: bool = False
+    upnp: bool = False
+    messages: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "who", tuple(dict.fromkeys(int(peer) for peer in self.who)))
@@ -147,12 +151,13 @@ def placed(quotas: Mapping[str, int], seed: int = 0, **more: Any) -> tuple[NatBo
 class _Mapping:
     """An external port of one internal endpoint, and towards whom it was used until when."""
 
-    __slots__ = ("ends_ns", "internal", "key", "permits")
+    __slots__ = ("ends_ns", "given", "internal", "key", "permits")
 
     def __init__(self, key: tuple[Any, ...], internal: Endpoint) -> None:
         self.key = key
         self.internal = internal
         self.ends_ns = 0
+        self.given = False
         self.permits: dict[Any, int] = {}
 
 
@@ -181,10 +186,13 @@ class NatTable:
         self._allocated = 0
         self._sweep_at = _PORTS // 2
         self._mappings: dict[tuple[Any, ...], tuple[int, _Mapping]] = {}
+        self._given: dict[Endpoint, tuple[int, _Mapping]] = {}
         self._ports: dict[int, _Mapping] = {}
 
     def outbound(self, internal: Endpoint, remote: Endpoint, now_ns: int) -> Endpoint:
         """The external endpoint from which a packet to `remote` leaves; refreshes its mapping."""
+        if self._given and (given := self._given.get(internal)) is not None:
+            return Endpoint(self.host, given[0])
         mapping_kind = self.box.mapping
         if mapping_kind == INDEPENDENT:
             key: tuple[Any, ...] = (internal,)
@@ -211,7 +219,7 @@ class NatTable:
         mapping = self._ports.get(external.port)
         if external.host != self.host or mapping is None or mapping.ends_ns <= now_ns:
             return None
-        if mapping.permits.get(self._permit(remote), 0) <= now_ns:
+        if mapping.permits.get(self._permit(remote), 0) <= now_ns and not mapping.given:
             return None
         return mapping.internal
 
@@ -219,6 +227,25 @@ class NatTable:
         """The internal endpoint that holds an external one now, whoever may send to it."""
         mapping = self._ports.get(external.port)
         return mapping.internal if mapping is not None and mapping.ends_ns > now_ns else None
+
+    def map_port(self, internal: Endpoint) -> Endpoint | None:
+        """A port that lets everybody in, until `unmap_port`; None without `upnp`.
+
+        What leaves from the inner endpoint then leaves from that port, whatever the mapping.
+        """
+        if not self.box.upnp:
+            return None
+        entry = self._given.get(internal)
+        if entry is None:
+            key = ("given", internal)
+            entry = self._given[internal] = self._fresh(key, internal, 0)
+            entry[1].given, entry[1].ends_ns = True, FOREVER
+        return Endpoint(self.host, entry[0])
+
+    def unmap_port(self, internal: Endpoint) -> None:
+        """Take back what `map_port` gave."""
+        if (entry := self._given.pop(internal, None)) is not None:
+            del self._ports[entry[0]], self._mappings[entry[1].key]
 
     def _permit(self, remote: Endpoint) -> Any:
         kind = self.box.filtering

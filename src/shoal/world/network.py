@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class Network:
     """Everything around `peers` peers. Without a topology everybody is everybody's neighbour.
 
-    NAT boxes concern datagrams alone; a peer that is behind none is public.
+    NAT boxes concern datagrams, and messages where they say so; a peer behind none is public.
     """
 
     peers: int

@@ -65,8 +65,9 @@ class Run:
     dropped: dict[str, int] = field(default_factory=dict)
     """what came to nothing, by reason. On the way: lost, dead, partition, corrupt, so that sent =
     delivered + these + in flight. At the receiver: mailbox, closed, busy, late answer, ..., and of
-    datagrams filtered (its NAT box let them not in), no socket, socket full; a datagram to an
-    address that nobody has (no route) was never sent"""
+    datagrams filtered (its NAT box let them not in), no socket, socket full; relay limit: a relay
+    did not pass it on; a datagram to an address that nobody has (no route) and a message to a peer
+    behind a NAT box to which no path leads (no path) were never sent"""
     bytes_by_kind: dict[str, int] = field(default_factory=dict)
     virtual_s: float = 0.0
     wall_s: float = 0.0

@@ -12,12 +12,14 @@ from ipaddress import IPv4Address
 from typing import TYPE_CHECKING, Any
 
 from shoal.base.errors import UsageError
+from shoal.engine.event.ways import Carried, Opening, Reservation
 from shoal.kernel.datagrams import DATAGRAM, HEADER_BYTES, Datagram, Endpoint, Socket
 from shoal.wire.message import message_key
 from shoal.world.nat import NatTable
 
 if TYPE_CHECKING:
     from shoal.engine.event.simulation import Simulation
+    from shoal.kernel.runtime import Runtime
 
 _PUBLIC = int(IPv4Address("198.18.0.0"))
 _PRIVATE = int(IPv4Address("10.0.0.0"))
@@ -74,33 +76,51 @@ class Datagrams:
 
     def unbind(self, socket: Socket) -> None:
         self._sockets.pop(socket.local, None)
+        table = self._tables.get(socket.runtime.id)
+        if table is not None:
+            table.unmap_port(socket.local)
 
     def emit(self, socket: Socket, data: bytes, to: Endpoint) -> None:
         """Send: through the own box, if there is one, to whoever holds the other address."""
-        simulation, runtime, source = self._simulation, socket.runtime, socket.local
-        table = self._tables.get(runtime.id)
-        target = self._peer_of.get(to.host)
-        if target is not None and target != runtime.id and self._tables.get(target) is not None:
-            # An inner address means something behind the same box only.
-            if self._tables[target] is not table:
-                target = None
-        elif target is None or table is not None:
-            now = simulation.now_ns
-            if table is not None and target != runtime.id:
-                source = table.outbound(source, to, now)
-            other = self._table_of.get(to.host)
-            if other is not None and not (other is table and not table.box.hairpin):
-                holder = other.owner(to, now)
-                target = other.box.who[0] if holder is None else self._peer_of[holder.host]
-        if target is None:
-            simulation.drop("no route")
+        if (route := self.route(socket, to)) is None:
+            self._simulation.drop("no route")
             return
-        simulation.delivery.transmit_as(
-            runtime, target, Datagram(source.host, source.port, to.host, to.port, data),
+        target, source = route
+        self._simulation.delivery.transmit_as(
+            socket.runtime, target, Datagram(source.host, source.port, to.host, to.port, data),
             HEADER_BYTES + len(data), message_key(Datagram.code, (source.port, to.port)), DATAGRAM,
         )  # fmt: skip
 
-    def _arrived(self, datagram: Any) -> None:
+    def route(self, socket: Socket, to: Endpoint) -> tuple[int, Endpoint] | None:
+        """Who gets a packet to an endpoint (or its box does), and from where it seems to come."""
+        peer, source = socket.runtime.id, socket.local
+        table = self._tables.get(peer)
+        target = self._peer_of.get(to.host)
+        if target is not None and target != peer and self._tables.get(target) is not None:
+            # An inner address means something behind the same box only.
+            return (target, source) if self._tables[target] is table else None
+        if target is None or table is not None:
+            now = self._simulation.now_ns
+            if table is not None and target != peer:
+                source = table.outbound(source, to, now)
+            other = self._table_of.get(to.host)
+            if other is not None and (other is not table or other.box.hairpin):
+                holder = other.owner(to, now)
+                target = other.box.who[0] if holder is None else self._peer_of[holder.host]
+        return None if target is None else (target, source)
+
+    def map_port(self, socket: Socket) -> Endpoint | None:
+        """What the socket's box opens for everybody, if it does such a thing."""
+        table = self._tables.get(socket.runtime.id)
+        return None if table is None else table.map_port(socket.local)
+
+    def _arrived(self, datagram: Any, runtime: Runtime) -> None:
+        if isinstance(datagram, Carried):
+            self._simulation.ways.carried(datagram, runtime)
+            return
+        if isinstance(datagram, Reservation):
+            self._simulation.ways.reserving(datagram)
+            return
         to = Endpoint(datagram.to_host, datagram.to_port)
         source = Endpoint(datagram.from_host, datagram.from_port)
         table = self._table_of.get(to.host)
@@ -113,5 +133,7 @@ class Datagrams:
         socket = self._sockets.get(to)
         if socket is None:
             self._simulation.drop("no socket")
+        elif isinstance(datagram, Opening):
+            self._simulation.ways.opening(socket, datagram, source)
         else:
             socket.arrived(datagram.data, source)

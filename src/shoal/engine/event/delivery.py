@@ -140,11 +140,11 @@ class Delivery:
 
     def transmit_as(
         self, runtime: Runtime, to: int, message: Any, size: int, key: int, request: int
-    ) -> None:
+    ) -> Wait | None:
         """Transmit something whose size and key on the wire are not the codec's."""
         self._kinds.setdefault(message.__class__, 0)
         self._last, self._last_size, self._last_key = message, size, key
-        self.transmit(runtime, to, message, request)
+        return self.transmit(runtime, to, message, request)
 
     def _transmit_plain(self, runtime: Runtime, to: int, message: Message, request: int) -> None:
         """Constant latency, nothing shared, nothing random, no faults."""

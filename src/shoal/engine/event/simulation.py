@@ -29,6 +29,7 @@ from shoal.engine.event.batching import Batcher
 from shoal.engine.event.datagrams import Datagrams
 from shoal.engine.event.delivery import Delivery
 from shoal.engine.event.outages import Outages
+from shoal.engine.event.ways import Ways
 from shoal.engine.executor import Executor, Local
 from shoal.engine.traffic import Traffic
 from shoal.kernel.datagrams import Endpoint, Socket
@@ -150,11 +151,14 @@ class Simulation:
         self.faulty = bool(network.faults)
         self.outages = Outages(self, network.faults)
         self.delivery = Delivery(self, seed)
-        self.transmit = self.delivery.transmit
+        self.ways = Ways(self)
+        self.transmit = self.ways.transmit if self.ways.holding else self.delivery.transmit
         self.flush = self.delivery.flush
         self.batcher = Batcher(self, executor)
         roster = tuple(PeerId(peer) for peer in range(network.peers))
         self.runtimes = [Runtime(self, peer, roster, seed) for peer in roster]
+        if self.ways.holding:
+            self._datagrams = Datagrams(self, seed)
 
     # The loop.
 
@@ -322,18 +326,23 @@ class Simulation:
 
     # Host: datagrams.
 
-    def bind(self, socket: Socket, port: int) -> Endpoint:
+    @property
+    def datagrams(self) -> Datagrams:
         if self._datagrams is None:
             self._datagrams = Datagrams(self, self.result.seed)
-        return self._datagrams.bind(socket, port)
+        return self._datagrams
+
+    def bind(self, socket: Socket, port: int) -> Endpoint:
+        return self.datagrams.bind(socket, port)
 
     def emit(self, socket: Socket, data: bytes, to: Endpoint) -> None:
-        assert self._datagrams is not None
-        self._datagrams.emit(socket, data, to)
+        self.datagrams.emit(socket, data, to)
 
     def unbind(self, socket: Socket) -> None:
-        assert self._datagrams is not None
-        self._datagrams.unbind(socket)
+        self.datagrams.unbind(socket)
+
+    def map_port(self, socket: Socket) -> Endpoint | None:
+        return self.datagrams.map_port(socket)
 
     # Host: work and memory.
 

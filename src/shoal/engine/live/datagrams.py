@@ -65,6 +65,10 @@ class Datagrams:
         except OSError:
             driver.drop("lost")
 
+    def map_port(self, opened: Socket) -> Endpoint | None:
+        """None: no box is asked (that would be UPnP or NAT-PMP spoken to a real router)."""
+        return None
+
     def unbind(self, opened: Socket) -> None:
         udp = self._udp.pop(opened)
         self._peers.pop(opened.local, None)

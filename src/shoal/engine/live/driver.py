@@ -74,6 +74,7 @@ class Driver:
         self.bind = datagrams.bind
         self.emit = datagrams.emit
         self.unbind = datagrams.unbind
+        self.map_port = datagrams.map_port
         self.schedule = Schedule(self, network.faults)
         self._report = report
         self._stopping = loop.create_future()
