@@ -216,8 +216,14 @@ class State:
         if member.accepted:
             self.order.remove(peer)
             self.epoch += 1
+            self._forget_empty(member.status.group)
             self._record("dropped", peer)
         self._strikes = {k: v for k, v in self._strikes.items() if peer not in k}
+
+    def _forget_empty(self, group: int) -> None:
+        """Who comes after the last member finds no revision that somebody still has."""
+        if not self._accepted(group):
+            self._elections.pop(group, None)
 
     def _accepted(self, group: int | None = None) -> dict[int, _Member]:
         return {
@@ -458,6 +464,7 @@ class State:
             self.order.remove(peer)
             self.members[peer].accepted = False
             self.epoch += 1
+        self._forget_empty(group)
         return True
 
     def _optimise(self, members: dict[int, _Member]) -> None:
