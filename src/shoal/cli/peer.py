@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,7 +25,12 @@ from shoal.cli.options import (
 )  # fmt: skip
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from shoal.engine.live.control import Report, Told
     from shoal.engine.live.joining import Status
+    from shoal.lab.cell import Cell
+    from shoal.lab.experiment import Experiment
     from shoal.wire.identity import Identity
     from shoal.world.record import Row, Run
 
@@ -31,7 +38,7 @@ if TYPE_CHECKING:
 def command(
     what: Annotated[
         str | None, typer.Argument(metavar="FILE_OR_NAME",
-                                   help="A .toml file, or a system's name.",
+                                   help="A .toml file, a system's name, or the run.json of a run.",
                                    autocompletion=system_names),
     ] = None,
     id: Annotated[
@@ -76,6 +83,7 @@ def command(
     until_eof: Annotated[
         bool, typer.Option("--until-eof", help="Stop when standard input is closed."),
     ] = False,
+    reports: Annotated[int | None, typer.Option("--reports", min=0, hidden=True)] = None,
     seed: Seed = None, peers: Peers = None, device: Device = None, settings: Settings = None,
     quiet: Quiet = False, json: Json = False,
 ) -> None:  # fmt: skip
@@ -94,7 +102,6 @@ def command(
       shoal peer --key me.key --show-name
     """
     from shoal.base.errors import UsageError
-    from shoal.cli.run import experiment_of
 
     identity = _identity(key, store)
     if show_name:
@@ -103,31 +110,58 @@ def command(
     if what is None:
         raise UsageError("FILE_OR_NAME is missing (such as `shoal peer dpsgd`)")
     from shoal.engine.live.joining import Joining
-    from shoal.lab.joined import chosen, run_peer
+    from shoal.lab.joined import run_peer
 
-    experiment = experiment_of(what)
-    experiment.engine = "live"
-    experiment.overrides = overrides(settings, peers, device)
-    if seed is not None:
-        experiment.seeds = (seed,)
+    cell = cell_of(what, arm, seed, peers, device, settings)
     joining = Joining(
-        listen=_address(listen, "--listen"),
-        advertise=None if advertise is None else _address(advertise, "--advertise"),
-        bootstrap=tuple(_address(a, "--bootstrap") for a in (bootstrap or "").split(",") if a),
-        peer=id, identity=identity, allow=None if allow is None else _names(allow),
+        listen=address(listen, "--listen"),
+        advertise=None if advertise is None else address(advertise, "--advertise"),
+        bootstrap=tuple(address(a, "--bootstrap") for a in (bootstrap or "").split(",") if a),
+        peer=id, identity=identity, allow=None if allow is None else names_in(allow),
         wait_for=wait, gone_s=gone_s,
     )  # fmt: skip
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     if until_eof:
         threading.Thread(target=_follow, args=(stop,), daemon=True).start()
-    teller = _Teller(quiet, json)
+    teller = _Teller(quiet, json) if reports is None else _Reporter(reports)
     run = run_peer(
-        chosen(experiment, arm), joining, store="" if store is None else str(store),
-        start_s=start_s, tell=teller.tell, stop=stop,
+        cell, joining, store="" if store is None else str(store), start_s=start_s,
+        tell=teller.tell, stop=stop, observer=teller if isinstance(teller, _Reporter) else None,
     )  # fmt: skip
     teller.end(run)
     raise typer.Exit(0 if run.finished or stop.is_set() else 1)
+
+
+def cell_of(
+    what: str, arm: str | None, seed: int | None, peers: int | None, device: str | None,
+    settings: list[str] | None,
+) -> Cell:  # fmt: skip
+    """The run that the words of a command describe, on real sockets."""
+    from shoal.base.errors import UsageError
+    from shoal.lab.joined import chosen, load_cell
+
+    if what.endswith(".json"):
+        if arm is not None or seed is not None or peers is not None or settings:
+            raise UsageError(
+                f"{what}: a run is described there wholly (leave out --arm, --seed, --peers, --set)"
+            )
+        return load_cell(what, device)
+    return chosen(experiment_of_run(what, seed, peers, device, settings), arm)
+
+
+def experiment_of_run(
+    what: str, seed: int | None, peers: int | None, device: str | None, settings: list[str] | None
+) -> Experiment:
+    """What a file or a system's card describes, on real sockets."""
+    from shoal.cli.run import experiment_of
+
+    experiment = experiment_of(what)
+    experiment.engine = "live"
+    experiment.overrides = overrides(settings, peers, device)
+    if seed is not None:
+        experiment.seeds = (seed,)
+    return experiment
 
 
 def _identity(key: Path | None, store: Path | None) -> Identity:
@@ -138,7 +172,7 @@ def _identity(key: Path | None, store: Path | None) -> Identity:
     return Identity.new() if store is None else Identity.load_or_new(store / "peer.key")
 
 
-def _address(text: str, option: str) -> tuple[str, int]:
+def address(text: str, option: str) -> tuple[str, int]:
     """`HOST:PORT` or `[HOST]:PORT` as an address."""
     from shoal.base.errors import UsageError
 
@@ -148,7 +182,7 @@ def _address(text: str, option: str) -> tuple[str, int]:
     return host.strip("[]") or "0.0.0.0", int(port)
 
 
-def _names(path: Path) -> frozenset[str]:
+def names_in(path: Path) -> frozenset[str]:
     """The list of who may take part."""
     from shoal.base.errors import UsageError
     from shoal.wire.identity import is_name
@@ -186,29 +220,31 @@ class _Teller:
         self._json = json
         self._last: Any = None
 
-    def tell(self, status: Status, rows: list[Row]) -> None:
+    def tell(self, told: Told) -> None:
         from shoal.cli.console import json_line, say
 
+        status = told.status
         if self._json:
-            for row in rows:
+            for row in told.rows:
                 json_line(
                     {
                         "event": "row", "name": row.name, "value": row.value, "time_s": row.time_s,
                         "round": row.round, "peer": row.peer, "labels": dict(row.labels),
                     }
                 )  # fmt: skip
+            for each in told.happenings:
+                json_line({"event": "happening", "time_s": each.time_s, "what": each.what})
             if status != self._last:
                 json_line({"event": "status", "pid": os.getpid(), **vars(status)})
             self._last = status
-        elif not self._quiet and self._last != (now := (status.state, status.known)):
+            return
+        if self._quiet:
+            return
+        for each in told.happenings:
+            say(f"{each.time_s:.1f} s: {each.what}", error=True)
+        if self._last != (now := (status.state, status.known)):
             self._last = now
-            host, port = status.address
-            who = status.peer if status.peer >= 0 else "?"
-            say(
-                f"peer {who}: {status.state} at {host}:{port}, {status.known} other peers known"
-                + (", rejoined" if status.rejoined else ""),
-                error=True,
-            )
+            say(_line(status), error=True)
 
     def end(self, run: Run) -> None:
         from shoal.cli.console import json_line, say
@@ -226,3 +262,47 @@ class _Teller:
             return
         for name, value in {**figures, **last}.items():
             say(f"{name}: {value:.6g}" if isinstance(value, float) else f"{name}: {value}")
+
+
+def _line(status: Status) -> str:
+    host, port = status.address
+    who = status.peer if status.peer >= 0 else "?"
+    others = "1 other peer" if status.known == 1 else f"{status.known} other peers"
+    again = ", rejoined from its store" if status.rejoined else ""
+    return f"peer {who}: {status.state} at {host}:{port}, knows {others}{again}"
+
+
+class _Reporter:
+    """Tells the process that started this one (`shoal up`), and a log what a person would see.
+
+    What travels is pickled, over a pipe that only the two hold.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        from multiprocessing.connection import Connection
+
+        self._pipe = Connection(descriptor, readable=False)
+        self._log = _Teller(quiet=False, json=False)
+
+    def tell(self, told: Told) -> None:
+        self._log.tell(told)
+        self._send(told)
+
+    def params(self, peer: int, round: int, time_s: float, params: Tensor) -> None:
+        """As an observer: the models are measured by the process at the other end."""
+        from shoal.engine.live.control import Observed
+
+        self._send(Observed(peer, round, time_s, params))
+
+    def rows(self) -> list[Row]:
+        return []
+
+    def end(self, run: Run) -> None:
+        from shoal.engine.live.control import Done
+
+        self._send(Done(run))
+
+    def _send(self, report: Report) -> None:
+        # Whoever listened may be gone; standard input then says so, too.
+        with suppress(BrokenPipeError):
+            self._pipe.send_bytes(pickle.dumps(report, protocol=5))

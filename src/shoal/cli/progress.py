@@ -42,7 +42,7 @@ def progress(unit: str, *, quiet: bool, json: bool) -> Iterator[Tell | None]:
             yield tell
     else:
         lines = Lines(unit)
-        with lines.printed(_interval_s()):
+        with lines.printed(interval_s()):
             yield lines.tell
 
 
@@ -104,7 +104,8 @@ class Lines:
             thread.join()
 
 
-def _interval_s() -> float:
+def interval_s() -> float:
+    """Seconds between plain lines."""
     text = os.environ.get("SHOAL_PROGRESS_S", "")
     try:
         every_s = float(text) if text else EVERY_S

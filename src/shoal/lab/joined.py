@@ -7,6 +7,7 @@ import json
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shoal.base.errors import UsageError
@@ -19,7 +20,9 @@ from shoal.world.record import Row, Run
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from shoal.engine.live.control import Told
     from shoal.engine.live.joining import Joining, Status
+    from shoal.engine.live.launch import Observer
     from shoal.lab.experiment import Experiment
 
 
@@ -36,6 +39,24 @@ def chosen(experiment: Experiment, arm: str | None = None) -> Cell:
     return next(cell for cell in cells if arm is None or cell.arm == arm)
 
 
+def load_cell(path: str | Path, device: str | None = None) -> Cell:
+    """The cell in the `run.json` of a run's folder, with the device to compute on."""
+    try:
+        cell = Cell.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read: {error.strerror} (check the path)") from None
+    except (ValueError, KeyError, TypeError) as error:
+        if isinstance(error, UsageError):
+            raise
+        raise UsageError(
+            f"{path}: this is no run.json that `shoal up` wrote: {error!r} (name a .toml file, a "
+            "system, or the run.json of a run's folder)"
+        ) from None
+    if device is None:
+        return cell
+    return replace(cell, scenario=cell.scenario.with_settings({"engine.device": device}))
+
+
 def agreed(cell: Cell) -> bytes:
     """16 bytes that are equal where the same scenario, settings, seed and version are run.
 
@@ -49,13 +70,16 @@ def agreed(cell: Cell) -> bytes:
 
 def run_peer(
     cell: Cell, joining: Joining, *, store: str = "", start_s: float = 60.0,
-    tell: Callable[[Status, list[Row]], None] | None = None, stop: threading.Event | None = None,
+    tell: Callable[[Told], None] | None = None, stop: threading.Event | None = None,
+    observer: Observer | None = None,
 ) -> Run:  # fmt: skip
     """Join the run of a cell as one of its peers, and return what this peer left.
 
     store: the folder of its durable commits; a strategy then commits after every round, so that it
-    goes on there. `tell` gets the status and the rows that are new since the last call.
+    goes on there. `tell` gets the status, and what is new since the last call. observer: gets this
+    peer's models; without one they are measured here.
     """
+    from shoal.engine.live.control import Told
     from shoal.engine.live.join import join_live
     from shoal.engine.live.settings import LiveSettings
 
@@ -64,21 +88,23 @@ def run_peer(
         raise UsageError(f"{cell.arm}: a study has no peers (use `shoal run`)")
     what, scenario = made
     program, network, task = _program(what, scenario, cell.seed, durable=bool(store))
-    observer = None if task is None else _OwnModel(task)
-    seen = 0
+    own = None if task is None or observer is not None else _OwnModel(task)
+    rows_seen = happenings_seen = 0
 
     def pass_on(status: Status, result: Run | None) -> None:
-        nonlocal seen
-        rows = [] if result is None else result.rows[seen:]
-        seen += len(rows)
+        nonlocal rows_seen, happenings_seen
+        rows = [] if result is None else result.rows[rows_seen:]
+        happenings = [] if result is None else result.happenings[happenings_seen:]
+        rows_seen += len(rows)
+        happenings_seen += len(happenings)
         if tell is not None:
-            tell(status, rows + ([] if observer is None else observer.news()))
+            tell(Told(status, rows + ([] if own is None else own.news()), happenings))
 
     horizon_s = float("inf") if scenario.seconds is None else scenario.seconds
     settings = LiveSettings(horizon_s=horizon_s, store_dir=store, start_s=start_s)
     return join_live(
         program, network, replace(joining, program=agreed(cell)), seed=cell.seed,
-        settings=settings, observer=observer, tell=pass_on, stop=stop,
+        settings=settings, observer=observer or own, tell=pass_on, stop=stop,
     )  # fmt: skip
 
 

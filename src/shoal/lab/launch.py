@@ -171,7 +171,6 @@ def method_of(
     """
     from shoal.engine.lockstep import round_seconds
     from shoal.parts import find
-    from shoal.rounds.measure import Measure
     from shoal.rounds.method import Method
 
     if scenario.rounds is None:
@@ -195,24 +194,27 @@ def method_of(
     )  # fmt: skip
     if scenario.round_s is None:
         method = replace(method, round_s=max(least_s, round_seconds(method, network)))
-    measure = Measure(
+    return method, network, pieces, measure_of(scenario, pieces, seed)
+
+
+def measure_of(scenario: Scenario, pieces: Pieces, seed: int) -> Measure:
+    """What a scenario says is to be measured of the models; it must have a task."""
+    from shoal.parts import find
+    from shoal.rounds.measure import Measure
+
+    final = tuple(find("measure", name)() for name in scenario.measures)
+    return Measure(
         pieces.task, seed=seed, byzantine=pieces.byzantine, evaluated=scenario.eval_peers,
-        final=_final(scenario),
+        final=final,
     )  # fmt: skip
-    return method, network, pieces, measure
 
 
 def _run_program(
     program: Any, scenario: Scenario, pieces: Pieces, network: Network, seed: int, engine: str,
     progress: Progress | None, measure: Measure | None = None,
 ) -> Run:  # fmt: skip
-    from shoal.rounds.measure import Measure
-
     if measure is None and pieces.task is not None:
-        measure = Measure(
-            pieces.task, seed=seed, byzantine=pieces.byzantine, evaluated=scenario.eval_peers,
-            final=_final(scenario),
-        )  # fmt: skip
+        measure = measure_of(scenario, pieces, seed)
     horizon_s = float("inf") if scenario.seconds is None else scenario.seconds
     note = None if progress is None else _seconds_note(progress, scenario.seconds)
 
@@ -227,12 +229,6 @@ def _run_program(
         batching=scenario.engine.batching, strict=scenario.engine.strict, horizon_s=horizon_s
     )
     return simulate(program, network, seed=seed, settings=settings, observer=measure, progress=note)
-
-
-def _final(scenario: Scenario) -> tuple[Any, ...]:
-    from shoal.parts import find
-
-    return tuple(find("measure", name)() for name in scenario.measures)
 
 
 def _seconds_note(progress: Progress, whole_s: float | None) -> Any:

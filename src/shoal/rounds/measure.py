@@ -40,7 +40,7 @@ class Measure:
         self, task: Task, *, seed: int = 0, byzantine: tuple[int, ...] = (),
         evaluated: int | None = None, final: Sequence[ModelMeasure] = (),
     ) -> None:  # fmt: skip
-        self._task = task
+        self.task = task
         self._final = tuple(final)
         self.last: tuple[int, float, Tensor] | None = None
         """round, time and mean model of the round that was closed last"""
@@ -82,7 +82,7 @@ class Measure:
         if self.last is not None:
             round, time_s, mean = self.last
             for measure in self._final:
-                found = measure(self._task, mean).items()
+                found = measure(self.task, mean).items()
                 self.taken.extend(Row(name, float(value), time_s, round) for name, value in found)
             self.last = None
         rows, self.taken = self.taken, []
@@ -111,7 +111,7 @@ class Measure:
         self.last = (round, last, mean)
         apart = ((stack - mean) ** 2).sum(-1)
         whole = {"consensus": (apart * counts).sum() / len(peers), "drift": apart.max().sqrt()}
-        whole |= {f"mean_model_{k}": v for k, v in self._task.evaluate(mean).items()}
+        whole |= {f"mean_model_{k}": v for k, v in self.task.evaluate(mean).items()}
         # One look at a device for all numbers: each look waits until it has finished.
         numbers = torch.stack([value.double() for value in whole.values()]).tolist()
         self.taken.extend(
@@ -123,7 +123,7 @@ class Measure:
         needed = sorted({place[p] for p in chosen})
         row_of = {index: i for i, index in enumerate(needed)}
         index = torch.tensor(needed, device="cpu").to(stack.device, non_blocking=True)
-        values = self._task.evaluate(stack[index])
+        values = self.task.evaluate(stack[index])
         columns = torch.stack([column.double() for column in values.values()]).tolist()
         for name, column in zip(values, columns, strict=True):
             self.taken.extend(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import pickle
 import signal
+import socket
 import subprocess
 import threading
 from collections.abc import Callable, Sequence
@@ -183,7 +184,7 @@ class Fleet:
         self.happenings: list[Happening] = []
         self.begun = False
         """whether the run itself has begun"""
-        self._settings = settings
+        self.settings = settings
         self._observer = observer
         self._processes: dict[int, _Process] = {}
         self._inbox: SimpleQueue[tuple[Post, control.Report | None]] = SimpleQueue()
@@ -216,14 +217,14 @@ class Fleet:
         finally:
             self._kill_all()
             for process in self._processes.values():
-                process.bury(self._settings.stop_s)
+                process.bury(self.settings.stop_s)
             self._processes.clear()
 
     def stop(self) -> None:
         """Tell all to end, and start none again."""
         if self._stop_by_s is not None:
             return
-        self._stop_by_s = monotonic() + self._settings.stop_s
+        self._stop_by_s = monotonic() + self.settings.stop_s
         for process in self._processes.values():
             process.ask_to_stop()
         for post in self.posts:
@@ -296,7 +297,7 @@ class Fleet:
             self._observer.params(report.peer, report.round, report.time_s, report.params)
 
     def _gone(self, post: Post) -> None:
-        code = self._processes.pop(post.peer).bury(self._settings.stop_s)
+        code = self._processes.pop(post.peer).bury(self.settings.stop_s)
         if code == 0:
             post.state = "ended"
             self._events.append(Event("ended", post, ""))
@@ -309,10 +310,10 @@ class Fleet:
         self._event(what, post, post.why)
         post.state = what
         # Misuse (2) would only happen again.
-        again = code != 2 and post.restarts < self._settings.restarts and self._needed(post)
+        again = code != 2 and post.restarts < self.settings.restarts and self._needed(post)
         if again and self._stop_by_s is None:
             post.state = "pausing"
-            post.resume_s = monotonic() + self._settings.pause_s(post.restarts + 1)
+            post.resume_s = monotonic() + self.settings.pause_s(post.restarts + 1)
         elif not self.begun and self._stop_by_s is None:
             raise SimulationError(
                 f"peer {post.peer} {what} before the run began: {post.why} (see {post.log})"
@@ -329,6 +330,18 @@ class Fleet:
             return
         post.restarts += 1
         self._begin(post, "restarted")
+
+
+def free_port(host: str) -> int:
+    """A port of this machine that is free now."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        with socket.create_server((host, 0), family=family) as found:
+            return found.getsockname()[1]
+    except OSError as error:
+        raise UsageError(
+            f"cannot listen on {host}: {error.strerror} (name an address of this machine)"
+        ) from None
 
 
 def _how(code: int) -> str:
