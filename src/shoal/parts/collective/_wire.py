@@ -17,7 +17,9 @@ class Vote:
     """One peer's part in the operation that it calls `label`.
 
     serial: counts its operations of that label; signature: what all must have in common;
-    operation: the master's number once started; sent, received: pieces so far.
+    operation: the master's number once started; sent, received: pieces so far. after, epoch: the
+    number of the operation of this label before and the order of the ring, where the peers do it
+    without a word of the master (else 0).
     """
 
     label: int
@@ -28,6 +30,8 @@ class Vote:
     sent: int = 0
     received: int = 0
     stalled: bool = False
+    after: int = 0
+    epoch: int = 0
 
 
 @message
@@ -50,13 +54,17 @@ class Status:
 
 @message
 class Word:
-    """The master's word on one operation of the peer: see STARTED and the others."""
+    """The master's word on one operation of the peer: see STARTED and the others.
+
+    epoch: of the group when this was decided.
+    """
 
     label: int
     serial: int
     operation: int
     state: int
     ring: tuple[int, ...] = ()
+    epoch: int = 0
 
 
 @message

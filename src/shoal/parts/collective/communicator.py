@@ -40,6 +40,7 @@ from shoal.parts.collective._wire import (
     Vote,
     Word,
 )
+from shoal.parts.collective.direct import Share, exchange, fits
 from shoal.parts.collective.quantised import Quantised
 from shoal.parts.collective.ring import Piece, Progress, Ring
 from shoal.parts.collective.shared_state import (
@@ -86,6 +87,10 @@ class _Operation:
     label: int
     serial: int
     signature: str
+    after: int = 0
+    epoch: int = 0
+    loud: bool = True
+    """whether the master hears of it; not while it is done without a word of the master"""
     phase: int = INITIATE
     word: Word | None = None
     progress: Progress = field(default_factory=Progress)
@@ -96,7 +101,7 @@ class _Operation:
         count = self.progress
         return Vote(
             self.label, self.serial, self.phase, self.signature, number, count.sent,
-            count.received, count.stalled,
+            count.received, count.stalled, self.after, self.epoch,
         )  # fmt: skip
 
 
@@ -148,6 +153,8 @@ class Communicator:
         self._operations: dict[int, _Operation] = {}
         self._serials: dict[int, int] = {}
         self._latest = 0
+        self._last: dict[int, Word] = {}
+        self._indirect = -1
         self._waiting: list[TaskHandle] = []
         self._offered: SharedState | None = None
         self._tasks: TaskGroup = peer.tasks()
@@ -289,22 +296,22 @@ class Communicator:
         serial = self._serials[tag] = self._serials.get(tag, 0) + 1
         kind = f"{op} {values.dtype} {values.numel()} {quantise} {ring.piece_bytes} {ring.checked}"
         own = self._operations[tag] = _Operation(tag, serial, kind)
+        flat = values.view(-1)
         try:
-            await self._speak()
-            word = await self._until(lambda: own.word)
+            word = await self._without_master(own, ring, flat)
+            if word is None:
+                await self._speak()
+                word = await self._until(lambda: own.word)
             if word.state == STARTED:
-                work = self._tasks.start(
-                    self._reduce(own, word, ring, values.view(-1)), isolate=True
-                )
+                work = self._tasks.start(self._reduce(own, word, ring, flat), isolate=True)
                 try:
                     word = await self._until(lambda: _ended(own.word))
                 finally:
                     work.cancel()
             if word.state == COMMITTED:
-                flat = values.view(-1)
-                for start, piece in own.result:
-                    flat[start : start + piece.numel()] = piece
+                await self._write(flat, own.result)
                 self.committed = word.operation
+            self._last[tag] = word
         finally:
             self._forget(own)
         self.payload_bytes += own.progress.payload_bytes
@@ -349,6 +356,62 @@ class Communicator:
             self.all_reduce(values, op, tag=tag, quantise=quantise), isolate=True
         )
 
+    async def _without_master(self, own: _Operation, ring: Ring, flat: Tensor) -> Word | None:
+        """Exchange a small tensor with all others before anything is agreed: who calls the same
+        operation after the same one, in the same ring, means the same by it. The master hears of it
+        when it is done, and nobody has it unless all have. What it says instead, or None where this
+        is not possible."""
+        last = self._last.get(own.label)
+        if not (
+            last is not None
+            and last.state == COMMITTED
+            and last.epoch == self.epoch != self._indirect
+            and len(self.ring) > 1
+            and fits(flat, ring)
+        ):
+            return None
+        own.after, own.epoch, own.loud = last.operation, self.epoch, False
+        work = self._tasks.start(self._share(own, ring, flat), isolate=True)
+        try:
+            word = await self._until(lambda: own.word)
+        finally:
+            work.cancel()
+        if word.state != COMMITTED:
+            for step in range(2):
+                # Closes the tag, for what may still come.
+                await self.peer.gather(Share, tag=(own.after, step), count=1, deadline=0.0)
+            if own.epoch == self.epoch:
+                # Some pair of peers is slow or broken. All see this word, and know it from now on.
+                self._indirect = self.epoch
+            own.after, own.epoch, own.phase, own.result = 0, 0, INITIATE, []
+            own.progress = Progress(payload_bytes=own.progress.payload_bytes)
+        return word
+
+    async def _share(self, own: _Operation, ring: Ring, flat: Tensor) -> None:
+        try:
+            own.result = await exchange(
+                ring, self.peer, own.after, self.ring, flat, own.progress,
+                self.peer.now() + ring.stall_s,
+            )  # fmt: skip
+            own.phase = DONE
+        except WireError:
+            pass  # Without a result this is a vote to begin.
+        own.loud = True
+        await self._speak()
+
+    async def _write(self, flat: Tensor, result: list[tuple[int, Tensor]]) -> None:
+        """The result over the input. A long one in parts: this peer's reports must not be late."""
+        rest = iter(result)
+        try:
+            for part, (start, piece) in enumerate(rest, 1):
+                flat[start : start + piece.numel()] = piece
+                if not part % _AT_ONCE and len(result) > _AT_ONCE:
+                    await self.peer.sleep_until(self.peer.now() + 1e-6)
+        finally:
+            # Cancelled or not: it is committed.
+            for start, piece in rest:
+                flat[start : start + piece.numel()] = piece
+
     async def _reduce(self, own: _Operation, word: Word, ring: Ring, flat: Tensor) -> None:
         try:
             own.result = await ring.reduce(
@@ -372,7 +435,7 @@ class Communicator:
 
     async def _speak(self, leaving: bool = False) -> None:
         self._number += 1
-        votes = tuple(own.vote() for own in self._operations.values())
+        votes = tuple(own.vote() for own in self._operations.values() if own.loud)
         status = Status(
             self._session, self._number, self.group, self._call_name, self._turn, self._detail,
             votes, leaving,
@@ -404,6 +467,10 @@ class Communicator:
         self._known = True
         self.ring, self.everybody, self.epoch = ruling.ring, ruling.world, ruling.epoch
         self._answer = (ruling.turn, ruling.answer, ruling.detail)
+        for own in self._operations.values():
+            if not own.loud and own.epoch != self.epoch:
+                own.loud = True
+                self._tell_soon()
         for word in ruling.words:
             own = self._operations.get(word.label)
             if own is not None and own.serial == word.serial:

@@ -44,6 +44,8 @@ from shoal.parts.collective.shared_state import Election
 from shoal.parts.collective.tour import Tour, link_cost
 
 _AVOID = 1e6
+_PATIENCE = 6.0
+_FORGET = 0.05
 _STRIKES = 3
 
 
@@ -52,10 +54,11 @@ class Master:
     """The program of the peer that keeps the group together; it takes no part in the work.
 
     heartbeat_s: how often it looks at the time, and how often peers report (their own setting);
-    timeout_s: silence after which a peer is dropped; stalled_s: how long an operation may stand
-    still at some peer before it is aborted even without evidence of the broken link; diverged_s:
-    how long peers may wait for different things. linger_s: it ends this long after the last peer
-    has gone, and at end_s at the latest.
+    timeout_s: silence after which a peer is dropped, longer by six times the lateness that its
+    reports had of late, as those of a peer on a machine at full load; stalled_s: how long an
+    operation may stand still at some peer before it is aborted even without evidence of the broken
+    link; diverged_s: how long peers may wait for different things. linger_s: it ends this long
+    after the last peer has gone, and at end_s at the latest.
 
     When its own turn comes late, as on a machine at full load, silence is not held against the
     peers for that time. A crash of the master ends the group: peers raise MasterLost and begin
@@ -102,6 +105,9 @@ class _Member:
 
     status: Status
     heard_s: float
+    late_s: float = 0.0
+    """the longest pause between its statuses beyond what is due, forgotten by a twentieth a time"""
+    told_s: float = float("-inf")
     accepted: bool = False
     answered: int = 0
     answer: str = ""
@@ -178,17 +184,20 @@ class State:
             self._settle()
             return
         member.status = status
+        pause_s = now_s - member.heard_s - self._settings.heartbeat_s
+        member.late_s = max(pause_s, (1.0 - _FORGET) * member.late_s)
         member.heard_s = now_s
-        member.asked = True
+        # Its reports come often, and most need no answer but the sign of life.
+        member.asked = now_s - member.told_s > self._settings.heartbeat_s / 2
         self._settle()
 
     def tick(self, now_s: float, late_s: float) -> None:
         """Look at the time. `late_s`: how long this look was overdue."""
         self._now_s = now_s
         for peer, member in list(self.members.items()):
-            if late_s > self._settings.heartbeat_s:
-                member.heard_s += late_s
-            if now_s - member.heard_s > self._settings.timeout_s:
+            member.heard_s += max(0.0, late_s)
+            patience_s = self._settings.timeout_s + _PATIENCE * member.late_s
+            if now_s - member.heard_s > patience_s:
                 self._drop(peer)
         self._give_up_stalled()
         self._find_divergence()
@@ -200,9 +209,10 @@ class State:
         yield from out
         for peer, member in self.members.items():
             ruling = self._ruling(peer, member)
-            if member.asked or ruling != member.told:
+            if member.asked or _is_news(ruling, member.told):
                 member.asked = False
                 member.told = ruling
+                member.told_s = self._now_s
                 member.number += 1
                 yield peer, _numbered(ruling, member.number)
 
@@ -314,15 +324,24 @@ class State:
             state = MISMATCH
         elif len(members) < 2:
             state = FEW
-        if state == STARTED:
+        elif all(self._did(vote, votes[0].after) for vote in votes):
+            state = COMMITTED
+        ring = tuple(members)
+        number = 0
+        if state in (STARTED, COMMITTED):
             self._operations += 1
-            ring = tuple(members)
-            self._running[group, label] = Word(label, 0, self._operations, STARTED, ring)
+            number = self._operations
+        if state == STARTED:
+            self._running[group, label] = Word(label, 0, number, STARTED, ring)
         for peer, vote in opening.items():
             assert vote is not None
-            number = self._operations if state == STARTED else 0
-            members[peer].words[label] = Word(label, vote.serial, number, state, tuple(members))
+            members[peer].words[label] = Word(label, vote.serial, number, state, ring, self.epoch)
         return True
+
+    def _did(self, vote: Vote, after: int) -> bool:
+        """Whether a peer has the result already, of the peers that are in the ring now."""
+        same = vote.after == after and vote.epoch == self.epoch
+        return vote.phase == DONE and after > 0 and same
 
     def _conclude(self, group: int, word: Word, members: dict[int, _Member]) -> bool:
         alive = {
@@ -339,6 +358,9 @@ class State:
             if vote is None or vote.serial != member.words[word.label].serial:
                 gave_up = True
             else:
+                if vote.operation != word.operation:
+                    # Said before it knew of the operation; what it did without is of no use.
+                    vote = Vote(vote.label, vote.serial, INITIATE, vote.signature)
                 votes[peer] = vote
                 gave_up |= vote.phase == FAILED
         if not gave_up and all(vote.phase == DONE for vote in votes.values()):
@@ -356,7 +378,9 @@ class State:
         del self._running[group, word.label]
         for member in alive.values():
             serial = member.words[word.label].serial
-            member.words[word.label] = Word(word.label, serial, word.operation, state)
+            member.words[word.label] = Word(
+                word.label, serial, word.operation, state, (), self.epoch
+            )
         if state == COMMITTED:
             ring = word.ring
             for place, peer in enumerate(ring):
@@ -492,6 +516,18 @@ class State:
 
 def _unknown(status: Status) -> Ruling:
     return Ruling(status.session, 0, False, False, 0, (), 0, 0, "", b"", ())
+
+
+def _is_news(ruling: Ruling, told: Ruling | None) -> bool:
+    """Whether it says more than what was told; that it repeats a word no longer is no news."""
+    if told is None:
+        return True
+    same = all(
+        getattr(ruling, name) == getattr(told, name)
+        for name in Ruling.__struct_fields__
+        if name != "words"
+    )
+    return not same or any(word not in told.words for word in ruling.words)
 
 
 def _numbered(ruling: Ruling, number: int) -> Ruling:

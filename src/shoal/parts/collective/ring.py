@@ -14,6 +14,7 @@ Patarasuk and Yuan 2009 (doi 10.1016/j.jpdc.2008.09.002), section 3; bytes per p
 
 from __future__ import annotations
 
+import struct
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -79,10 +80,14 @@ class Progress:
 class Ring:
     """All-reduce settings. op: sum, avg (divides once, at the end), prod, min or max.
 
-    piece_bytes: most bytes of a piece; ahead: how many pieces a peer sends of its own before it has
-    received as many, so that mailboxes stay small. quantise: float32 travels as one byte per
-    number. checked: a CRC-32 on every piece, for links without a checksum of their own. stall_s:
-    how long nothing may come before `progress.stalled` is set.
+    piece_bytes: most bytes of a piece; of chunks that would have more than `few` of these, pieces
+    are up to `few` times as long, as each costs a peer some work. ahead: how many pieces a peer
+    sends of its own before it has received as many, so that mailboxes stay small. direct_bytes:
+    tensors up to this size go through `direct` where a `Communicator` can. quantise: float32
+    travels as one byte per number. checked: a CRC-32 on every piece, for links without a checksum
+    of their own. stall_s, slow_bytes_per_s: `progress.stalled` is set when nothing came for
+    `stall_s` and the time that a piece takes at that rate; once pieces came, for `stall_s` or eight
+    times the longest pause between two of them, if that is less.
 
     Assumes that every peer calls `reduce` with the same operation number, order, size and dtype,
     and that the messages of a live link arrive; a lost piece stalls the ring until it is cancelled.
@@ -94,15 +99,20 @@ class Ring:
 
     op: str = "sum"
     piece_bytes: int = 1 << 20
+    few: int = 4
     ahead: int = 8
+    direct_bytes: int = 1 << 18
     quantise: Quantised | None = None
     checked: bool = False
     stall_s: float = 2.0
+    slow_bytes_per_s: float = 1e5
 
     def __post_init__(self) -> None:
         if self.op not in OPS:
             raise UsageError(f"ring: op={self.op!r}; need one of {', '.join(OPS)}")
-        check_positive("ring", self, "piece_bytes", "ahead", "stall_s")
+        check_positive("ring", self, "piece_bytes", "few", "ahead", "stall_s", "slow_bytes_per_s")
+        if self.direct_bytes < 0:
+            raise UsageError(f"ring: direct_bytes={self.direct_bytes}; need 0 or more")
 
     def check(self, values: Tensor) -> None:
         """UsageError for a tensor that this ring cannot reduce in place."""
@@ -120,14 +130,15 @@ class Ring:
         if self.quantise is not None and values.dtype != torch.float32:
             raise UsageError(f"all_reduce: quantise of {values.dtype}; need float32 (convert it)")
 
-    def piece_size(self, itemsize: int) -> int:
-        """Elements of a full piece."""
-        return max(1, self.piece_bytes // itemsize)
+    def piece_size(self, itemsize: int, chunk: int = 0) -> int:
+        """Elements of a full piece of a chunk of so many."""
+        least = max(1, self.piece_bytes // itemsize)
+        return max(least, min(-(-chunk // self.few), self.few * least))
 
     def pieces(self, size: int, peers: int, itemsize: int = 4) -> int:
         """Pieces of the longest chunk."""
         longest = -(-size // peers)
-        return -(-longest // self.piece_size(itemsize))
+        return -(-longest // self.piece_size(itemsize, longest))
 
     async def reduce(
         self, peer: Peer, operation: int, order: tuple[int, ...], values: Tensor,
@@ -161,7 +172,12 @@ class _Reduction:
         self.place = self.order.index(self.peer.id)
         self.next = PeerId(self.order[(self.place + 1) % peers])
         self.previous = PeerId(self.order[self.place - 1])
-        self.size = self.ring.piece_size(self.values.element_size())
+        longest = -(-self.values.numel() // peers)
+        self.size = self.ring.piece_size(self.values.element_size(), longest)
+        self.patience_s = self.ring.stall_s + (
+            self.size * self.values.element_size() / self.ring.slow_bytes_per_s
+        )
+        self.longest_s = 0.0
         self.bounds = chunk_bounds(self.values.numel(), peers)
         self.pieces = self.ring.pieces(self.values.numel(), peers, self.values.element_size())
 
@@ -211,23 +227,27 @@ class _Reduction:
         await self.send(number, piece.clone() if codec is None else codec.encode(piece))
 
     async def send(self, place: int, values: Tensor) -> None:
-        check = _crc(values) if self.ring.checked else 0
+        check = checksum(values, self.operation, place) if self.ring.checked else 0
         await self.peer.send(self.next, Piece(self.operation, place, values, check))
         self.count.sent += 1
         self.count.payload_bytes += values.numel() * values.element_size()
 
     async def receive(self, step: int, number: int, size: int) -> Tensor:
         tag = (self.operation, step * self.pieces + number)
+        begun = self.peer.now()
+        patience_s = self.patience_s
+        if self.count.received:
+            patience_s = min(patience_s, max(self.ring.stall_s, 8 * self.longest_s))
         while True:
             envelope = await self.peer.recv(
-                Piece, tag=tag, source=self.previous,
-                deadline=self.peer.now() + self.ring.stall_s,
-            )  # fmt: skip
+                Piece, tag=tag, source=self.previous, deadline=self.peer.now() + patience_s
+            )
             if envelope is not None:
                 break
             if not self.count.stalled:
                 self.count.stalled = True
                 self.told()
+        self.longest_s = max(self.longest_s, self.peer.now() - begun)
         self.count.received += 1
         self.count.stalled = False
         values = envelope.message.values
@@ -239,10 +259,12 @@ class _Reduction:
                 f"ring: peer {self.previous} sent {values.dtype} {tuple(values.shape)} for "
                 f"{kind} ({length},) (all peers need the same size, dtype and settings)"
             )
-        if self.ring.checked and envelope.message.check != _crc(values):
+        if self.ring.checked and envelope.message.check != checksum(values, *tag):
             raise WireError(f"ring: a piece of peer {self.previous} was damaged on its way")
         return values
 
 
-def _crc(values: Tensor) -> int:
-    return zlib.crc32(values.view(torch.uint8).numpy())
+def checksum(values: Tensor, *place: int) -> int:
+    """CRC-32 of the numbers and of where they belong, without which a flipped bit in the place
+    would put right numbers into a wrong one."""
+    return zlib.crc32(values.view(torch.uint8).numpy(), zlib.crc32(struct.pack("<2q", *place)))
