@@ -1,0 +1,443 @@
+"""The lines of one peer: to relays, through them, left with others, and opened from both sides.
+
+A peer that reserved somewhere cannot be called. So it keeps a connection to its relay, on which the
+relay rings; and it leaves a line with everybody whom it calls, for the answers. Where a line leads,
+the transport dials a port of this machine (`Transport.detours`), behind which the line begins.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Coroutine
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from shoal.base.errors import HandshakeError
+from shoal.engine.live import introduction
+from shoal.engine.live.control import Address
+from shoal.engine.live.introduction import ANSWER, CALL, ERRORS, LINE, RESERVE, Called, Ring
+from shoal.engine.live.line import Line, Pipe, tuned
+from shoal.engine.live.switchboard import Switchboard
+from shoal.kernel.paths import RelayLimits
+from shoal.kernel.waits import Wait
+
+if TYPE_CHECKING:
+    from shoal.engine.live.transport import Transport
+
+_AGAIN_S = 0.2
+_PAUSE_S = 1.0
+_LONGEST_PAUSE_S = 30.0
+_LEAVES = 3
+_MOST_RINGS = 64
+_MOST_BEGUN = 256
+
+
+class Lines:
+    """What a transport reaches otherwise than by calling an address."""
+
+    def __init__(self, transport: Transport) -> None:
+        self.board: Switchboard | None = None
+        """how this peer serves others as a relay, if it does"""
+        self._transport = transport
+        self._lines: dict[int, Line] = {}
+        self._relays: dict[int, int] = {}
+        self._reserved: set[int] = set()
+        self._left: set[int] = set()
+        self._opening: dict[int, asyncio.Task[Line | None]] = {}
+        self._doors: dict[int, socket.socket] = {}
+        self._servers: dict[int, asyncio.Server] = {}
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._rings = 0
+        self._begun = 0
+
+    def close(self) -> None:
+        """End everything: a crash, or the end of the run."""
+        for task in (*self._tasks, *self._opening.values()):
+            task.cancel()
+        for line in self._lines.values():
+            line.close()
+        for server in self._servers.values():
+            server.close()
+        for door in self._doors.values():
+            door.close()
+        if self.board is not None:
+            self.board.close()
+            self.board = None
+        for known in (self._lines, self._relays, self._opening, self._doors, self._servers):
+            known.clear()
+        self._reserved.clear()
+        self._left.clear()
+        self._transport.detours.clear()
+
+    # What a program asks for.
+
+    def serve(self, limits: RelayLimits) -> None:
+        self.board = Switchboard(self._transport.loop, limits, self._transport.settings.handshake_s)
+
+    def reserve(self, relay: int) -> Wait:
+        wait = Wait(self._transport.owner.ready)
+        self._start(self._stay(relay, wait))
+        return wait
+
+    def through(self, to: int, relay: int) -> None:
+        self._relays[to] = relay
+        self._detour(to)
+
+    def direct(self, to: int) -> bool:
+        line = self._lines.get(to)
+        return line is not None and line.alive and line.direct
+
+    def punch(self, to: int, port: int, place: Address) -> Wait:
+        wait = Wait(self._transport.owner.ready)
+        self._start(self._punch(to, port, place, wait))
+        return wait
+
+    def called(self, to: int) -> None:
+        """The transport is about to call this peer: it must be able to answer."""
+        if self._reserved and to not in self._transport.detours and to not in self._left:
+            self._left.add(to)
+            self._start(self._leave(to))
+
+    # Callers, from the listener.
+
+    def take(self, connection: socket.socket, begun: bytes) -> None:
+        """A connection that begins as a line does; these bytes of it were read already."""
+        if self._begun >= _MOST_BEGUN:
+            connection.close()
+            return
+        self._begun += 1
+        self._start(self._hear(connection, begun))
+
+    async def _hear(self, connection: socket.socket, begun: bytes) -> None:
+        pipe = await _pipe(tuned(connection))
+        try:
+            try:
+                async with asyncio.timeout(self._transport.settings.handshake_s):
+                    called = await introduction.called(self._transport, pipe, begun)
+            finally:
+                self._begun -= 1
+            await self._decide(called)
+        except ERRORS as error:
+            self._transport.owner.closed(self._transport.peer, f"refused a line: {error}")
+            pipe[1].transport.abort()
+        except BaseException:
+            pipe[1].transport.abort()
+            raise
+
+    async def _decide(self, called: Called) -> None:
+        what, source, board = called.intro.what, called.intro.source, self.board
+        if what == LINE:
+            await called.answer(True)
+            await self._run(source, Line(called.pipe, True, self._inlet))
+        elif board is None:
+            raise HandshakeError("refused", f"peer {source} wants {what!r} of who is no relay")
+        elif what == RESERVE:
+            if not board.has_room(source):
+                await called.answer(False)
+                raise HandshakeError("refused", f"no room for a reservation of peer {source}")
+            # Known before it is told so: it may be called at once.
+            guest = board.enter(source, called.pipe)
+            self._detour(source)
+            await called.answer(True)
+            await board.stay(guest)
+        elif what == CALL:
+            pipe = await board.ring(source, called.intro.about)
+            await called.answer(pipe is not None)
+            if pipe is None:
+                raise HandshakeError("refused", f"no call to peer {called.intro.about}")
+            await board.connect((source, called.intro.about), called.pipe, pipe)
+        elif what == ANSWER:
+            if not board.answered(source, called.intro.about, called.pipe):
+                raise HandshakeError("refused", f"peer {source} answers no call")
+            await called.answer(True)
+
+    # Lines.
+
+    async def _run(self, to: int, line: Line) -> None:
+        """Use the line until it ends; whatever there was before is left to end by itself."""
+        earlier = self._lines.get(to)
+        if earlier is not None and earlier.alive and earlier.direct and not line.direct:
+            # The other side came over a relay while a direct line stands: serve it, no more.
+            await line.run()
+            return
+        self._lines[to] = line
+        self._detour(to)
+        if earlier is not None:
+            earlier.retire()
+        try:
+            await line.run()
+        finally:
+            line.close()
+            if self._lines.get(to) is line:
+                del self._lines[to]
+                if to not in self._relays and not (self.board and self.board.has(to)):
+                    self._undetour(to)
+
+    def _detour(self, to: int) -> None:
+        """Have the transport dial this machine instead of the peer, and call anew."""
+        transport = self._transport
+        if to not in self._doors:
+            door = self._doors[to] = socket.create_server(("127.0.0.1", 0), backlog=64)
+            transport.detours[to] = door.getsockname()[:2]
+            self._start(self._attend(to, door))
+        transport.rerouted(to)
+
+    def _undetour(self, to: int) -> None:
+        """No line leads there any more, and none can be opened: dial the peer itself."""
+        self._transport.detours.pop(to, None)
+        if (server := self._servers.pop(to, None)) is not None:
+            server.close()
+        if (door := self._doors.pop(to, None)) is not None:
+            door.close()
+
+    async def _attend(self, to: int, door: socket.socket) -> None:
+        async def enter(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            try:
+                line = await self._line_to(to)
+            except asyncio.CancelledError:
+                writer.transport.abort()
+                return
+            if line is None:
+                writer.transport.abort()
+            else:
+                line.carry(reader, writer)
+
+        self._servers[to] = await asyncio.start_server(enter, sock=door)
+
+    async def _line_to(self, to: int) -> Line | None:
+        line = self._lines.get(to)
+        if line is not None and line.alive:
+            return line
+        opening = self._opening.get(to)
+        if opening is None:
+            opening = self._opening[to] = self._transport.loop.create_task(self._open(to))
+            opening.add_done_callback(lambda _: self._opening.pop(to, None))
+        return await asyncio.shield(opening)
+
+    async def _open(self, to: int) -> Line | None:
+        """A line through a relay, or to who has a reservation here."""
+        board, relay = self.board, self._relays.get(to)
+        try:
+            async with asyncio.timeout(2 * self._transport.settings.handshake_s):
+                if board is not None and board.has(to):
+                    pipe = await board.ring(self._transport.peer, to)
+                    if pipe is None:
+                        return None
+                    line = Line(pipe, True, self._inlet)
+                elif relay is not None:
+                    pipe = await self._call(relay, CALL, to)
+                    await self._introduced(pipe, to)
+                    line = Line(pipe, False, self._inlet)
+                else:
+                    return None
+        except ERRORS as error:
+            self._transport.owner.closed(self._transport.peer, f"has no line to peer {to}: {error}")
+            return None
+        self._start(self._run(to, line))
+        await asyncio.sleep(0)  # It is known before its first stream.
+        return line
+
+    async def _introduced(self, pipe: Pipe, to: int) -> None:
+        """The caller's introduction at the other end of a relay, or of a connection just opened."""
+        try:
+            await introduction.call(self._transport, pipe, to, LINE)
+        except BaseException:
+            pipe[1].transport.abort()
+            raise
+
+    async def _call(self, to: int, what: str, about: int = 0) -> Pipe:
+        """A connection to a peer that can be called, introduced."""
+        host, port = self._transport.book[to]
+        reader, writer = await asyncio.open_connection(host, port)
+        tuned(writer.get_extra_info("socket"))
+        try:
+            await introduction.call(self._transport, (reader, writer), to, what, about)
+        except BaseException:
+            writer.transport.abort()
+            raise
+        return reader, writer
+
+    async def _inlet(self) -> Pipe:
+        """A connection to this peer's own transport, as a caller's would be."""
+        host, port = self._transport.listening
+        return await asyncio.open_connection(host, port)
+
+    # As one that cannot be called.
+
+    async def _stay(self, relay: int, wait: Wait) -> None:
+        """Hold a reservation, and answer the calls that come over it."""
+        pause_s, held = _AGAIN_S, False
+        while True:
+            try:
+                async with asyncio.timeout(self._transport.settings.handshake_s):
+                    pipe = await self._call(relay, RESERVE)
+            except ERRORS as error:
+                if wait.done and not held:
+                    return
+                if not held:
+                    self._transport.owner.closed(
+                        self._transport.peer, f"got no reservation at peer {relay}: {error}"
+                    )
+            else:
+                pause_s, held = _PAUSE_S, True
+                self._reserved.add(relay)
+                self._resolve(wait)
+                await self._listen(relay, pipe)
+                self._reserved.discard(relay)
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+
+    async def _listen(self, relay: int, pipe: Pipe) -> None:
+        try:
+            while True:
+                ring = await introduction.hear(pipe)
+                if isinstance(ring, Ring) and self._rings < _MOST_RINGS:
+                    self._rings += 1
+                    self._start(self._answer(relay, ring))
+        except ERRORS:
+            return
+        finally:
+            pipe[1].transport.abort()
+
+    async def _answer(self, relay: int, ring: Ring) -> None:
+        pipe: Pipe | None = None
+        try:
+            async with asyncio.timeout(self._transport.settings.handshake_s):
+                pipe = await self._call(relay, ANSWER, ring.call)
+                if ring.caller != relay:
+                    called = await introduction.called(self._transport, pipe)
+                    if called.intro.what != LINE or called.intro.source != ring.caller:
+                        raise HandshakeError("peer", f"peer {ring.caller} rang, another came")
+                    await called.answer(True)
+                    # It has no address either, as far as is known.
+                    self._relays.setdefault(ring.caller, relay)
+        except ERRORS as error:
+            self._transport.owner.closed(
+                self._transport.peer, f"did not answer a call through peer {relay}: {error}"
+            )
+            if pipe is not None:
+                pipe[1].transport.abort()
+            return
+        finally:
+            self._rings -= 1
+        if ring.caller == relay:
+            # It can be called itself; the line is for what it has to say.
+            await Line(pipe, True, self._inlet).run()
+        else:
+            await self._run(ring.caller, Line(pipe, False, self._inlet))
+
+    async def _leave(self, to: int) -> None:
+        """Leave a line with a peer that can be called, so that it can answer."""
+        try:
+            for _ in range(_LEAVES):
+                with suppress(*ERRORS):
+                    async with asyncio.timeout(self._transport.settings.handshake_s):
+                        pipe = await self._call(to, LINE)
+                    line = Line(pipe, True, self._inlet)
+                    await line.run()
+                await asyncio.sleep(_PAUSE_S)
+        finally:
+            self._left.discard(to)
+
+    # From both sides at once.
+
+    async def _punch(self, to: int, port: int, place: Address, wait: Wait) -> None:
+        found: asyncio.Queue[socket.socket] = asyncio.Queue()
+        dialling = [
+            self._start(self._dial(port, place, wait, found)),
+            self._start(self._listen_at(port, wait, found)),
+        ]
+        try:
+            while not wait.done:
+                try:
+                    connection = await asyncio.wait_for(found.get(), _AGAIN_S)
+                except TimeoutError:
+                    continue
+                pipe = await _pipe(tuned(connection))
+                if await self._agreed(pipe, to):
+                    self._start(self._run(to, Line(pipe, True, self._inlet)))
+                    await asyncio.sleep(0)
+                    self._resolve(wait)
+                    return
+                pipe[1].transport.abort()
+        finally:
+            for task in dialling:
+                task.cancel()
+            while not found.empty():
+                found.get_nowait().close()
+
+    async def _agreed(self, pipe: Pipe, to: int) -> bool:
+        """Whether the peer that was meant is at the other end; the one with the lower id calls."""
+        try:
+            async with asyncio.timeout(self._transport.settings.handshake_s):
+                if self._transport.peer < to:
+                    await introduction.call(self._transport, pipe, to, LINE)
+                else:
+                    called = await introduction.called(self._transport, pipe)
+                    if called.intro.source != to or called.intro.what != LINE:
+                        return False
+                    await called.answer(True)
+        except ERRORS:
+            return False
+        return True
+
+    async def _dial(
+        self, port: int, place: Address, wait: Wait, found: asyncio.Queue[socket.socket]
+    ) -> None:
+        """Ask for a connection again and again; a firewall may answer with a refusal."""
+        loop = self._transport.loop
+        while not wait.done:
+            sock = _shared(self._transport.settings.host, port)
+            try:
+                await loop.sock_connect(sock, place)
+            except OSError:
+                sock.close()
+            except BaseException:
+                sock.close()
+                raise
+            else:
+                found.put_nowait(sock)
+                return
+            await asyncio.sleep(_AGAIN_S)
+
+    async def _listen_at(self, port: int, wait: Wait, found: asyncio.Queue[socket.socket]) -> None:
+        """Take who comes to the port while both dial: one side may be a little earlier."""
+        with _shared(self._transport.settings.host, port) as sock:
+            sock.listen(8)
+            while not wait.done:
+                with suppress(OSError):
+                    connection, _ = await self._transport.loop.sock_accept(sock)
+                    found.put_nowait(connection)
+
+    # Both.
+
+    def _resolve(self, wait: Wait) -> None:
+        wait.resolve(True)
+        self._transport.owner.settle()
+
+    def _start(self, coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = self._transport.loop.create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+
+async def _pipe(connection: socket.socket) -> Pipe:
+    connection.setblocking(False)
+    return await asyncio.open_connection(sock=connection)
+
+
+def _shared(host: str, port: int) -> socket.socket:
+    """A socket on a port that others of this peer use, too."""
+    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        sock.setblocking(False)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if hasattr(socket, "SO_REUSEPORT"):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        sock.bind((host, port))
+    except BaseException:
+        sock.close()
+        raise
+    return sock
