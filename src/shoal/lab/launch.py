@@ -67,7 +67,7 @@ def launch_seeds(
     from shoal.engine.lockstep import LockstepSettings, run_lockstep
     from shoal.engine.lockstep.timeline import beyond
 
-    calm = not any(beyond(n.faults, m.exchange.hub) for m, n, _, _ in made)
+    calm = not any(n.links.windowed or beyond(n.faults, m.exchange.hub) for m, n, _, _ in made)
     if engine == "lockstep" or (engine == "auto" and calm):
         methods = [method for method, *_ in made]
         networks = [network for _, network, *_ in made]

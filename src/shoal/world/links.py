@@ -6,12 +6,16 @@ see the same link, the same jitter and the same loss, in whatever order they ask
 
 A message from `source` to `target` leaves after its turn on the sender's uplink, travels
 `latency_of_s + jitter_of_s`, and takes its turn on the receiver's downlink; `fifo_finish` is the
-turn-taking. Loss is per message, after the sender has paid for it.
+turn-taking. Where connections are limited (`windowed`), it also takes its turn on the way to that
+receiver, which carries `path_of`: it leaves no faster than the uplink and the way both allow, while
+the uplink is free for others as soon as it could have been done. Loss is per message, after the
+sender has paid for it.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, Protocol
@@ -42,6 +46,11 @@ class LinkModel(Protocol):
         """One constant latency and nothing else: engines may skip the per-message formulas."""
         ...
 
+    @property
+    def windowed(self) -> bool:
+        """Whether messages of one ordered pair wait for each other (any finite `path_of`)."""
+        ...
+
     def latency_of_s(self, source: Any, target: Any) -> Any: ...
 
     def jitter_of_s(self, source: Any, target: Any, message_key: Any) -> Any: ...
@@ -49,6 +58,8 @@ class LinkModel(Protocol):
     def uplink_of(self, peer: Any) -> Any: ...
 
     def downlink_of(self, peer: Any) -> Any: ...
+
+    def path_of(self, source: Any, target: Any) -> Any: ...
 
     def lost(self, source: Any, target: Any, message_key: Any, extra: Any = 0.0) -> Any: ...
 
@@ -135,6 +146,11 @@ class Links:
     bandwidth_spread: sigma of the logarithm of a peer's capacity, one draw for both directions;
     loss: probability that a message never arrives.
 
+    window_bytes: what may be on the way per connection before an answer comes back, which limits
+    it to a window per round trip; connections: how many of them an ordered pair uses at once, every
+    message spread over all (a pool). slow_pairs: this share of the ordered pairs, drawn by key,
+    carries no more than slow_bytes_per_s, however many connections there are.
+
     Breaks where pairs are far from independent: latencies here obey no triangle inequality and no
     geography; use `Measured` for those.
 
@@ -142,6 +158,8 @@ class Links:
     0.05
     >>> Links(latency_s=0.05).plain, Links(loss=0.1).plain, Links(uplink_bytes_per_s=1e6).sharing
     (True, False, True)
+    >>> Links(latency_s=0.07, window_bytes=262144.0, connections=16).path_of(0, 1)
+    29959314.285714284
     """
 
     latency_s: float = 0.0
@@ -153,6 +171,10 @@ class Links:
     bandwidth_spread: float = 0.0
     loss: float = 0.0
     seed: int = 0
+    window_bytes: float = math.inf
+    connections: int = 1
+    slow_pairs: float = 0.0
+    slow_bytes_per_s: float = math.inf
 
     def __post_init__(self) -> None:
         for name in ("latency_s", "latency_spread", "jitter_s", "bandwidth_spread"):
@@ -161,12 +183,23 @@ class Links:
                 raise UsageError(
                     f"Links: {name}={value}; need a finite number >= 0 (0 switches it off)"
                 )
-        for name in ("uplink_bytes_per_s", "downlink_bytes_per_s"):
+        rates = ("uplink_bytes_per_s", "downlink_bytes_per_s", "window_bytes", "slow_bytes_per_s")
+        for name in rates:
             value = getattr(self, name)
             if not value > 0.0:
                 raise UsageError(f"Links: {name}={value}; need > 0 (inf = unlimited)")
         if not 0.0 <= self.loss <= 1.0:
             raise UsageError(f"Links: loss={self.loss}; need a probability from 0 to 1")
+        if not 0.0 <= self.slow_pairs <= 1.0:
+            raise UsageError(f"Links: slow_pairs={self.slow_pairs}; need a share from 0 to 1")
+        if self.connections < 1:
+            raise UsageError(f"Links: connections={self.connections}; need at least 1")
+
+    @property
+    def windowed(self) -> bool:
+        """Whether messages of one ordered pair wait for each other."""
+        slow = self.slow_pairs > 0 and self.slow_bytes_per_s < math.inf
+        return self.window_bytes < math.inf or slow
 
     @property
     def sharing(self) -> bool:
@@ -177,7 +210,7 @@ class Links:
     def plain(self) -> bool:
         """Whether every message takes exactly `latency_s` and arrives."""
         drawn = (self.latency_spread, self.jitter_s, self.loss)
-        return not any(drawn) and not self.sharing
+        return not any(drawn) and not self.sharing and not self.windowed
 
     def latency_of_s(self, source: Any, target: Any) -> Any:
         """One-way delay of an empty message, in seconds; constant over a run."""
@@ -205,6 +238,23 @@ class Links:
         """What the peer can receive, in bytes per second."""
         return self._capacity(self.downlink_bytes_per_s, peer)
 
+    def path_of(self, source: Any, target: Any) -> Any:
+        """What an ordered pair's connections carry together, in bytes per second; inf = all."""
+        return self.path_at(source, target, self.latency_of_s)
+
+    def path_at(self, source: Any, target: Any, latency_of_s: Callable[[Any, Any], Any]) -> Any:
+        """`path_of` with other latencies than one's own."""
+        trip_s = latency_of_s(source, target) + latency_of_s(target, source)
+        rate = _quotient(self.window_bytes * self.connections, trip_s)
+        if not self.slow_pairs or self.slow_bytes_per_s == math.inf:
+            return rate
+        slow = draw_uniform(self.seed, "slow pair", source, target) < self.slow_pairs
+        if isinstance(slow, bool):
+            return min(rate, self.slow_bytes_per_s) if slow else rate
+        import torch
+
+        return torch.where(slow, rate.clamp(max=self.slow_bytes_per_s), rate)
+
     def _capacity(self, median: float, peer: Any) -> Any:
         if not self.bandwidth_spread or median == math.inf:
             return _filled(median, peer)
@@ -219,6 +269,15 @@ class Links:
         if isinstance(chance, float) and chance <= 0.0:
             return _filled(0.0, source, target, message_key) > 0.0
         return draw_uniform(self.seed, "loss", source, target, message_key) < chance
+
+
+def _quotient(amount: float, seconds: Any) -> Any:
+    """amount / seconds, infinity for no time at all."""
+    if isinstance(seconds, float):
+        return amount / seconds if seconds > 0 else math.inf
+    import torch
+
+    return torch.where(seconds > 0, amount / seconds, math.inf)
 
 
 def _ascending(first: Any, second: Any) -> tuple[Any, Any]:
@@ -290,6 +349,10 @@ class Measured:
     bandwidth_spread: float = 0.0
     loss: float = 0.0
     seed: int = 0
+    window_bytes: float = math.inf
+    connections: int = 1
+    slow_pairs: float = 0.0
+    slow_bytes_per_s: float = math.inf
 
     def __post_init__(self) -> None:
         if not isinstance(self.matrix, str):
@@ -308,7 +371,9 @@ class Measured:
         return Links(
             jitter_s=self.jitter_s, uplink_bytes_per_s=self.uplink_bytes_per_s,
             downlink_bytes_per_s=self.downlink_bytes_per_s, bandwidth_spread=self.bandwidth_spread,
-            loss=self.loss, seed=self.seed,
+            loss=self.loss, seed=self.seed, window_bytes=self.window_bytes,
+            connections=self.connections, slow_pairs=self.slow_pairs,
+            slow_bytes_per_s=self.slow_bytes_per_s,
         )  # fmt: skip
 
     @property
@@ -320,6 +385,11 @@ class Measured:
     def sharing(self) -> bool:
         """As `Links.sharing`."""
         return self._rest.sharing
+
+    @property
+    def windowed(self) -> bool:
+        """As `Links.windowed`."""
+        return self._rest.windowed
 
     @property
     def plain(self) -> bool:
@@ -352,6 +422,10 @@ class Measured:
     def downlink_of(self, peer: Any) -> Any:
         """As `Links.downlink_of`."""
         return self._rest.downlink_of(peer)
+
+    def path_of(self, source: Any, target: Any) -> Any:
+        """As `Links.path_of`, with the measured round trips."""
+        return self._rest.path_at(source, target, self.latency_of_s)
 
     def lost(self, source: Any, target: Any, message_key: Any, extra: Any = 0.0) -> Any:
         """As `Links.lost`."""

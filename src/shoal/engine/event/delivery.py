@@ -37,10 +37,13 @@ class _Link:
     """What is constant about an ordered pair of peers until the next fault, and what it carried."""
 
     __slots__ = ("blocked", "drawn", "epoch", "extra", "hold", "jitter_key", "latency_ns", "latest",
-                 "loss_key", "repeats", "threshold", "waiting")  # fmt: skip
+                 "loss_key", "path", "path_free", "repeats", "threshold", "waiting")  # fmt: skip
 
-    def __init__(self, latency_ns: int) -> None:
+    def __init__(self, latency_ns: int, path: float) -> None:
         self.latency_ns = latency_ns
+        # Nanoseconds per byte on the way to that receiver; 0 = unlimited.
+        self.path = path
+        self.path_free = 0
         self.epoch = -1
         self.blocked = self.drawn = False
         self.hold: int | None = None
@@ -80,6 +83,7 @@ class Delivery:
         self._held: dict[int, list[tuple[Any, ...]]] = {}
         self._unflushed: list[tuple[Wait, _Link]] = []
         sharing = links.sharing
+        self._windowed = links.windowed
         # Nanoseconds per byte; 0 = unlimited.
         self._up = [1e9 / links.uplink_of(p) for p in range(peers)] if sharing else []
         self._down = [1e9 / links.downlink_of(p) for p in range(peers)] if sharing else []
@@ -199,7 +203,10 @@ class Delivery:
         pair = source * self._peers + to
         link = self._links.get(pair)
         if link is None:
-            link = self._links[pair] = _Link(to_ns(self.links.latency_of_s(source, to)))
+            path = 1e9 / self.links.path_of(source, to) if self._windowed else 0.0
+            link = self._links[pair] = _Link(to_ns(self.links.latency_of_s(source, to)), path)
+        if link.path:
+            start, end, full = self._enter_path(link, start, end, size, full)
         if link.epoch != self._epoch:
             self._refresh(link, source, to)
         if link.blocked:
@@ -219,6 +226,20 @@ class Delivery:
         else:
             self._arrive(link, start + travel, last, target, envelope)
         return full
+
+    def _enter_path(
+        self, link: _Link, start: int, end: int, size: int, full: Wait | None
+    ) -> tuple[int, int, Wait | None]:
+        """The turn on a way that connections limit: when first and last byte leave."""
+        simulation = self.simulation
+        if link.path_free > start:
+            start = link.path_free
+        end = link.path_free = max(end, start + int(size * link.path))
+        most = int(simulation.limits.queue_bytes * link.path)
+        if full is None and end - simulation.now_ns > most:
+            full = Wait(simulation.ready)
+            simulation.at(end - most, _wake, full)
+        return start, end, full
 
     def _arrive(
         self, link: _Link, first: int, last: int, target: Runtime, envelope: Envelope[Any]
@@ -306,6 +327,10 @@ class Delivery:
         """A crash empties the peer's queues; what it had queued is lost with its incarnation."""
         self._up_free[peer] = self.simulation.now_ns
         self._down_free[peer] = self.simulation.now_ns
+        if self._windowed:
+            for pair, link in self._links.items():
+                if peer in divmod(pair, self._peers):
+                    link.path_free = self.simulation.now_ns
 
     # Faults on links.
 

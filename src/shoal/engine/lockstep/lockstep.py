@@ -74,6 +74,11 @@ def run_lockstep(
     share a table (see `Task.joined`): the first method's strategy, aggregator and transform serve
     all. With a `checkpoint` the rounds go on where an earlier process was killed, to the same bits.
     """
+    if any(network.links.windowed for network in networks):
+        raise UsageError(
+            "lockstep: links with windows or slow pairs, on which messages of different rounds "
+            "wait for each other (use engine='event')"
+        )
     with one_thread(), kept_memory():
         return Lockstep(
             methods, networks, settings or LockstepSettings(), measures, executor or Local()

@@ -129,6 +129,9 @@ def arrivals(
         end = begin + service[source]
         drained = clear + slots.fan_out * service
         up_free = torch.where(torch.isfinite(sent_s), drained, up_free)
+    if links.windowed:
+        # The way to a receiver is free again before the next wave, which waits for this one.
+        end = torch.maximum(end, begin + size / links.path_of(source, target))
     delay = links.latency_of_s(source, target) + links.jitter_of_s(source, target, key)
     blocked, extra, held = timeline.on_links(
         source, target, torch.where(sends, sent_s[source], -1.0)
