@@ -16,11 +16,13 @@ import msgspec
 from shoal.base.errors import DecodeError
 from shoal.wire.codec import ALIGNMENT, Buffer
 from shoal.wire.message import Message
+from shoal.wire.recycled import LEAST_BYTES, Recycled
 
 _GREETING = struct.Struct("<4sIqq16s")
 _ANSWER = struct.Struct("<4sI56s")
 _MAGIC = b"ShHi"
 _VERSION = 1
+_recycled = Recycled()
 GREETING_BYTES = _GREETING.size
 ANSWER_BYTES = _ANSWER.size
 
@@ -102,13 +104,16 @@ def agreement(run: bytes, schemas: Mapping[str, str]) -> bytes:
 
 
 def place(total: int, body: int) -> memoryview:
-    """Memory for a frame, not yet touched, so that its byte `body` lies at a multiple of 64.
+    """Memory for a frame, with any content, so that its byte `body` lies at a multiple of 64.
 
-    Untouched pages take no memory until bytes arrive for them, so a prefix that claims a gigabyte
-    costs its sender a gigabyte too.
+    Pages that were never touched take no memory until bytes arrive for them, so a prefix that
+    claims a gigabyte costs its sender a gigabyte too.
     """
-    import numpy as np  # a process that only looks after others need not load it
+    if total < LEAST_BYTES:
+        import numpy as np  # a process that only looks after others need not load it
 
-    raw = np.empty(total + ALIGNMENT, dtype=np.uint8)
+        raw = np.empty(total + ALIGNMENT, dtype=np.uint8)
+    else:
+        raw = _recycled.take(total + ALIGNMENT)
     shift = -(raw.__array_interface__["data"][0] + body) % ALIGNMENT
     return raw.data[shift : shift + total]

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
+from msgspec import structs
 
 from shoal.base.errors import UsageError
 from shoal.base.ids import PeerId
@@ -214,7 +215,7 @@ class State:
                 member.told = ruling
                 member.told_s = self._now_s
                 member.number += 1
-                yield peer, _numbered(ruling, member.number)
+                yield peer, structs.replace(ruling, number=member.number)
 
     # Who is there.
 
@@ -520,17 +521,6 @@ def _unknown(status: Status) -> Ruling:
 
 def _is_news(ruling: Ruling, told: Ruling | None) -> bool:
     """Whether it says more than what was told; that it repeats a word no longer is no news."""
-    if told is None:
+    if told is None or any(word not in told.words for word in ruling.words):
         return True
-    same = all(
-        getattr(ruling, name) == getattr(told, name)
-        for name in Ruling.__struct_fields__
-        if name != "words"
-    )
-    return not same or any(word not in told.words for word in ruling.words)
-
-
-def _numbered(ruling: Ruling, number: int) -> Ruling:
-    return Ruling(*[
-        number if name == "number" else getattr(ruling, name) for name in Ruling.__struct_fields__
-    ])  # fmt: skip
+    return structs.replace(ruling, words=told.words) != told

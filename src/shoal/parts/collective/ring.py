@@ -27,7 +27,9 @@ from shoal.base.ids import PeerId
 from shoal.base.limits import check_positive
 from shoal.kernel.peer import Peer
 from shoal.parts.collective.quantised import HEAD_BYTES, Quantised
+from shoal.wire.frame import place
 from shoal.wire.message import message
+from shoal.wire.recycled import LEAST_BYTES
 
 OPS = ("sum", "avg", "prod", "min", "max")
 
@@ -224,7 +226,7 @@ class _Reduction:
         # whatever a broken link still holds.
         piece = self.values[span[0] : span[1]]
         codec = self.ring.quantise
-        await self.send(number, piece.clone() if codec is None else codec.encode(piece))
+        await self.send(number, _copy(piece) if codec is None else codec.encode(piece))
 
     async def send(self, place: int, values: Tensor) -> None:
         check = checksum(values, self.operation, place) if self.ring.checked else 0
@@ -264,7 +266,14 @@ class _Reduction:
         return values
 
 
+def _copy(values: Tensor) -> Tensor:
+    """A copy, in memory that is used again."""
+    if values.nbytes < LEAST_BYTES:
+        return values.clone()
+    return torch.frombuffer(place(values.nbytes, 0), dtype=values.dtype).copy_(values)
+
+
 def checksum(values: Tensor, *place: int) -> int:
     """CRC-32 of the numbers and of where they belong, without which a flipped bit in the place
     would put right numbers into a wrong one."""
-    return zlib.crc32(values.view(torch.uint8).numpy(), zlib.crc32(struct.pack("<2q", *place)))
+    return zlib.crc32(values.view(torch.uint8).numpy().data, zlib.crc32(struct.pack("<2q", *place)))
