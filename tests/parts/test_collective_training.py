@@ -250,13 +250,23 @@ def test_the_same_text_on_real_sockets(late: bool) -> None:
         torch.testing.assert_close(params, want, rtol=1e-9, atol=1e-12)
 
 
-def test_quantised_steps_leave_one_state() -> None:
-    @dataclass(frozen=True)
-    class Single(Pulls):
-        pass
+def test_eager_work_goes_on_from_ones_own_gradient() -> None:
+    """Written out: each peer's next gradient is taken where its last one alone leads."""
+    program = Pulls(InStep(7, WORKERS, asynchronous=True, eager=True), SGD(0.4))
+    assert run(program).finished
+    centres = torch.stack([centre(p) for p in range(1, WORKERS + 1)])
+    params, own = torch.zeros(DIM, dtype=torch.float64), torch.zeros_like(centres)
+    gradient = params - centres
+    for _ in range(6):
+        own, waiting = gradient, gradient.mean(0)
+        gradient = params - own - centres
+        params = params - 0.4 * waiting
+    params = params - 0.4 * gradient.mean(0)
+    torch.testing.assert_close(program.end[1][2], params, rtol=1e-9, atol=1e-12)
 
-    in_step = InStep(8, WORKERS, quantise=Quantised())
-    program = Pulls(in_step, SGD(0.3))
+
+def test_what_cannot_be_quantised_is_refused() -> None:
+    program = Pulls(InStep(8, WORKERS, quantise=Quantised()), SGD(0.3))
     with pytest.raises(UsageError, match="float32"):
         run(program)
 

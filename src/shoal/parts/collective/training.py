@@ -114,9 +114,12 @@ class InStep:
 
     least: how many must be there for the first step; later two are enough. With fewer everybody
     waits for others, `patience_s` at most, and looks every `pause_s`. asynchronous: the ring of a
-    step turns during the work of the next. quantise: one byte per number in the ring. ballots: so
-    many numbers travel with the gradient, of which a peer sets the one with its id to 1; their
-    average says whose gradient is in the sum how often (without `quantise` only).
+    step turns during the work of the next; eager: that work goes on from where the peer's own
+    gradient alone leads (parameters minus gradient, so this is for displacements), not from
+    parameters that know nothing of it (Kale et al. 2025, arXiv 2502.12996). quantise: one byte per
+    number in the ring. ballots: so many numbers travel with the gradient, of which a peer sets the
+    one with its id to 1; their average says whose gradient is in the sum how often (without
+    `quantise` only).
 
     Raises what the communicator raises when this peer has lost the group (Evicted, MasterLost,
     RevisionViolation, Diverged: connect anew and call `run` again with the same state), and
@@ -129,6 +132,7 @@ class InStep:
     steps: int
     least: int = 2
     asynchronous: bool = False
+    eager: bool = False
     quantise: Quantised | None = None
     ballots: int = 0
     patience_s: float = 30.0
@@ -156,8 +160,8 @@ class _Course:
     """One call of `InStep.run`. Whatever decides which joint call comes next is known to all.
 
     running: the ring that this peer has begun; average: a finished one that it has not applied;
-    due: whether at the next boundary some peers apply an average. Newcomers have none, so they
-    receive the state instead.
+    own: what this peer gave to either. due: whether at the next boundary some peers apply an
+    average. Newcomers have none, so they receive the state instead.
     """
 
     settings: InStep
@@ -167,6 +171,7 @@ class _Course:
     applied: Applied
     running: TaskHandle | None = None
     average: Tensor | None = None
+    own: Tensor | None = None
     due: bool = False
     agreed: int = -1
     """the last revision that was agreed on in this call"""
@@ -182,7 +187,7 @@ class _Course:
         while self.common.steps < self.settings.steps:
             if not await turn():
                 # Alone: nobody else has a part in what this peer still waits for.
-                self.running, self.average, self.due = None, None, False
+                self.running, self.average, self.own, self.due = None, None, None, False
                 await self.assemble()
                 await self.agree()
         if await self.group.are_peers_pending():
@@ -217,6 +222,8 @@ class _Course:
             self.due = False
         if gradient is None or self.common.steps >= self.settings.steps:
             return True
+        if self.settings.eager:
+            self.own = gradient[: len(self.common.params)].clone()
         if await self.group.are_peers_pending():
             if not await self.reduce(gradient):
                 return False
@@ -229,7 +236,10 @@ class _Course:
 
     async def gradient(self) -> Tensor:
         """This peer's contribution: gradient and ballot."""
-        found = await self.work(self.common.params.clone(), self.common.steps)
+        start = self.common.params.clone()
+        if self.own is not None:
+            start -= self.own
+        found = await self.work(start, self.common.steps)
         if not self.settings.ballots:
             return found
         ballot = torch.zeros(self.settings.ballots, dtype=found.dtype, device=found.device)
@@ -246,7 +256,7 @@ class _Course:
         return True
 
     async def apply(self) -> None:
-        average, self.average = self.average, None
+        average, self.average, self.own = self.average, None, None
         if average is not None:
             dim = len(average) - self.settings.ballots
             self.common.apply(average[:dim])

@@ -1,0 +1,1 @@
+"""Collective operations of groups that change, and training on top of them."""
