@@ -4,12 +4,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: run test check rota setup pages picture clean
+.PHONY: run test slow check rota setup pages picture clean
 run: $(STAMP)
 	$(BIN)/shoal run examples/first_comparison.toml
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu"
+
+# As many slow tests as fit into five minutes; others with every commit.
+slow: $(STAMP)
+	$(BIN)/python scripts/slow_tests.py
 
 check: $(STAMP)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
