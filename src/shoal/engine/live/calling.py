@@ -28,6 +28,7 @@ _TURN_BYTES = 1 << 22
 # What the operating system may keep unsent: a heartbeat waits behind that on a slow link.
 _UNSENT_BYTES = 1 << 19
 _RESET = struct.pack("ii", 1, 0)
+NO_DESCRIPTORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
 class Call:
@@ -35,10 +36,11 @@ class Call:
 
     def __init__(self, outgoing: Outgoing, number: int) -> None:
         self.lane = Lane(
-            outgoing.flow, number, outgoing.transport.settings.connections, outgoing.transport.life
+            outgoing.flow, number, outgoing.transport.settings.connections, outgoing.life
         )
         self.number = number
         self.heard_s = 0.0
+        """on the clock of the process's attention"""
         self._outgoing = outgoing
         self._loop = outgoing.transport.loop
         self._answer = b""
@@ -50,14 +52,27 @@ class Call:
         self._watched = False
         self._pings = 0
         self._pinged_s = 0.0
+        self._pool = outgoing.transport.pool
+        self._began_s = 0.0
         self._timer: asyncio.TimerHandle | None = None
         self._socket: socket.socket | None = None
 
     def begin(self) -> None:
-        """Call; may fail at once."""
+        """Call as soon as the pool allows; may fail at once."""
+        self._pool.call(self)
+
+    def start(self) -> None:
         transport, target = self._outgoing.transport, self._outgoing.target
         address = transport.addresses[target]
-        self._socket = sock = socket.socket(_family(address[0]), socket.SOCK_STREAM)
+        try:
+            self._socket = sock = socket.socket(_family(address[0]), socket.SOCK_STREAM)
+        except OSError as error:
+            if error.errno not in NO_DESCRIPTORS:
+                raise
+            self._pool.again(self)
+            self._pool.exhausted()
+            return
+        self._pool.took()
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if hasattr(socket, "TCP_NOTSENT_LOWAT"):
@@ -65,7 +80,9 @@ class Call:
         code = sock.connect_ex(address)
         if code not in (0, errno.EINPROGRESS):
             self._outgoing.fail("dead")
+            self._settle()
             return
+        self._began_s = self._pool.attention.now_s
         self._timer = self._loop.call_later(transport.settings.handshake_s, self._late)
         self._loop.add_writer(sock, self._turn(self._connected))
 
@@ -74,26 +91,51 @@ class Call:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        self._pool.settled(self)
         if self._socket is not None:
             self._loop.remove_reader(self._socket)
             self._loop.remove_writer(self._socket)
             reset(self._socket)
             self._socket = None
+            self._pool.gave()
             self.lane.drop()
+
+    def postpone(self) -> bool:
+        """Give the descriptor back and call later, unless the peer has answered."""
+        if self._socket is None or self._welcome or self._answer:
+            return False
+        self.close()
+        self._handshake = None
+        self._pool.again(self)
+        return True
+
+    def bye(self) -> None:
+        """Say the last word: the called peer closes when it has heard it."""
+        self.lane.bye()
+        self._began_s = self._pool.attention.now_s
 
     def _turn(self, action: Callable[[], None]) -> Callable[[], None]:
         def turn() -> None:
             try:
                 action()
             finally:
-                self._outgoing.transport.owner.settle()
+                self._settle()
 
         return turn
 
+    def _settle(self) -> None:
+        self._outgoing.transport.owner.settle()
+
     def _late(self) -> None:
+        left_s = self._began_s + self._outgoing.transport.settings.handshake_s
+        left_s -= self._pool.attention.now_s
+        if left_s > 0:
+            # This process was behind, so the peer may have answered in time.
+            self._timer = self._loop.call_later(left_s, self._late)
+            return
         self._timer = None
         self._outgoing.fail("dead", f"peer {self._outgoing.target} did not answer in time")
-        self._outgoing.transport.owner.settle()
+        self._settle()
 
     def _connected(self) -> None:
         sock, outgoing = self._socket, self._outgoing
@@ -190,7 +232,7 @@ class Call:
     def _hear(self) -> None:
         lane, outgoing = self.lane, self._outgoing
         was_ready, was_answered = lane.ready, lane.pong
-        self.heard_s = now_s = self._loop.time()
+        self.heard_s = self._pool.attention.now_s
         try:
             lane.heard()
         except WireError as error:
@@ -200,20 +242,24 @@ class Call:
             assert self._timer is not None
             self._timer.cancel()
             self._timer = None
+            self._pool.settled(self)
             outgoing.opened()
-            self._pinged_s = now_s
+            self._pinged_s = self._loop.time()
         if lane.pong > was_answered and lane.pong == self._pings:
-            outgoing.transport.owner.round_trip(now_s - self._pinged_s)
+            outgoing.transport.owner.round_trip(self._loop.time() - self._pinged_s)
         outgoing.heard()
+        if lane.unwanted:
+            lane.unwanted = False
+            outgoing.retire()
 
     # Heartbeats.
 
     def beat(self, now_s: float) -> str:
         """Ping when it is time; why the connection is given up, or nothing."""
         settings = self._outgoing.transport.settings
-        if not self.lane.ready:
+        if not self.lane.ready or self.lane.closing:
             return ""
-        if now_s - self.heard_s > settings.dead_after_s:
+        if self._pool.attention.now_s - self.heard_s > settings.dead_after_s:
             return f"heard nothing for {settings.dead_after_s} s"
         if now_s - self._pinged_s >= settings.heartbeat_s:
             self._ping(now_s)
@@ -279,6 +325,12 @@ class Call:
 
     def _writable(self) -> None:
         self._outgoing.write(self)
+
+    @property
+    def overdue(self) -> bool:
+        """Whether the called peer should have closed by now."""
+        waited_s = self._pool.attention.now_s - self._began_s
+        return self.lane.closing and waited_s > self._outgoing.transport.settings.dead_after_s
 
     @property
     def idle(self) -> bool:

@@ -20,6 +20,7 @@ from shoal.engine.live.datagrams import Datagrams
 from shoal.engine.live.delivery import Delivery
 from shoal.engine.live.memory import Memory
 from shoal.engine.live.outgoing import Outgoing
+from shoal.engine.live.pool import Pool, room
 from shoal.engine.live.schedule import Schedule
 from shoal.engine.live.timers import Timers
 from shoal.engine.live.transport import Transport
@@ -91,8 +92,10 @@ class Driver:
         self.runtimes = {
             peer: Runtime(self, roster[peer], roster, plan.seed) for peer in plan.peers
         }
+        pool = Pool(loop, plan.settings, room(len(plan.peers)))
         self.transports = {
-            peer: Transport(loop, peer, self, plan.limits, plan.settings) for peer in plan.peers
+            peer: Transport(loop, peer, self, plan.limits, plan.settings, pool)
+            for peer in plan.peers
         }
 
     # Life.

@@ -46,7 +46,7 @@ class Inlet:
     def left(self, lane: int) -> None:
         """A connection is closed; the caller has some time to call again."""
         del self.lanes[lane]
-        self._alone_s = self._transport.loop.time()
+        self._alone_s = self._transport.pool.attention.now_s
 
     def sweep(self, now_s: float) -> bool:
         """Cut off who is silent or too slow; True when there is nothing left to look after."""
@@ -65,6 +65,9 @@ class Incoming:
     def __init__(self, transport: Transport, connection: socket.socket, host: str) -> None:
         self.source = -1
         self.host = host
+        self.used_s = 0.0
+        self._pool = transport.pool
+        self._pool.took()
         self._transport = transport
         self._loop = transport.loop
         self._socket: socket.socket | None = connection
@@ -78,7 +81,8 @@ class Incoming:
         self._came_bytes = 0
         self._mark_bytes = 0
         self._heard_bytes = 0
-        self._mark_s = self._heard_s = self._loop.time()
+        self._spent_bytes = 0
+        self._began_s = self._mark_s = self._heard_s = self._pool.attention.now_s
         self._watched = False
         self._again: asyncio.Handle | None = None
         connection.setblocking(False)
@@ -99,14 +103,35 @@ class Incoming:
         else:
             self._socket.close()
         self._socket = None
+        self._pool.gave()
+        self._pool.forget(self)
         self._transport.strangers.discard(self)
         self._receiver.leave()
         if self._inlet is not None:
             self._inlet.left(self._lane)
 
+    def _was_used(self) -> bool:
+        """Whether anything but heartbeats came since the last time somebody asked."""
+        earlier, self._spent_bytes = self._spent_bytes, self._receiver.spent
+        return earlier != self._spent_bytes
+
+    def retire(self) -> bool:
+        """Ask the caller to close it, which it does unless it needs it."""
+        if self._inlet is None or self._was_used():
+            return False
+        self._receiver.leave_please()
+        self._write()
+        return True
+
     # Greeting.
 
     def _late(self) -> None:
+        left_s = self._began_s + self._transport.settings.handshake_s
+        left_s -= self._pool.attention.now_s
+        if left_s > 0:
+            # This process was behind, so the caller may have spoken in time.
+            self._timer = self._loop.call_later(left_s, self._late)
+            return
         if self.source < 0:
             self._refuse("no greeting in time", None if self._handshake is None else b"")
         else:
@@ -232,6 +257,7 @@ class Incoming:
         inlet.lanes[lane] = self
         self._inlet, self._lane = inlet, lane
         self._receiver.join(inlet.flow, transport.life)
+        self._pool.touch(self)
 
     # Frames.
 
@@ -298,6 +324,9 @@ class Incoming:
             if frame is None:
                 if receiver.hello is not None and self._inlet is None:
                     self._join()
+                elif receiver.bye:
+                    self._part()
+                    return False
                 return True
             message, request = codec.decode(frame, limits)
             owner.arrived(peer, self.source, message, request, len(frame))
@@ -306,6 +335,13 @@ class Incoming:
             if perf_counter() > end_s:
                 self._pause()
                 return False
+
+    def _part(self) -> None:
+        """The caller said its last word; without other connections there is nothing to keep."""
+        self.close()
+        inlet, incoming = self._inlet, self._transport.incoming
+        if inlet is not None and not inlet.lanes and not inlet.flow.partial:
+            incoming.pop(self.source, None)
 
     def _pause(self) -> None:
         """The others' turn; then this connection goes on with what it has, before it reads."""
@@ -354,6 +390,8 @@ class Incoming:
     def sweep(self, now_s: float, partial: bool) -> None:
         """Cut off a caller that is silent, or that does not go on with what it began."""
         settings, receiver = self._transport.settings, self._receiver
+        if self._was_used():
+            self._pool.touch(self)
         # Heartbeats are a sign of life, and no progress.
         progress = self._came_bytes - 32 * receiver.heard_pings
         if self._came_bytes != self._heard_bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 # How often frames are taken to another connection before they count as lost: what makes a receiver
 # close every connection would be sent to it for ever.
 _MOST_RESUMES = 3
+# A peer that did not answer is forgotten after so many of the longest pauses.
+_FORGOTTEN_AFTER = 8
 
 
 class Outgoing:
@@ -24,12 +27,19 @@ class Outgoing:
     When a connection breaks, the peer is called again at once, and what it did not receive of large
     frames is sent again, unless it is another incarnation by then. If that call fails, everything
     is dropped, and the peer is left alone for a while.
+
+    `retire` closes the connections when nothing is on its way: the last word goes out on each, and
+    when the peer has closed them all, whatever was queued meanwhile is a reason to call again.
     """
 
     def __init__(self, transport: Transport, target: int) -> None:
         self.flow = Outflow(transport.limits, transport.settings.checksums)
         self.transport = transport
         self.target = target
+        self.used_s = 0.0
+        self.life = int.from_bytes(os.urandom(8), "little")
+        """under which the peer knows this flow: one that was forgotten is not gone on with"""
+        self._leaving = False
         self._loop = transport.loop
         self._calls: dict[int, Call] = {}
         self._pause_s = transport.settings.backoff_s
@@ -44,6 +54,7 @@ class Outgoing:
         if not self._calls and self._loop.time() < self._retry_s:
             return False
         self.flow.push(frame)
+        self.transport.pool.touch(self)
         if not self._calls:
             self._call(0)
         elif any(call.idle for call in self._calls.values()):
@@ -92,6 +103,9 @@ class Outgoing:
 
     def broken(self, call: Call) -> None:
         """A connection ended; call again if there is something that it owes."""
+        if self._leaving:
+            self._left(call)
+            return
         if not call.lane.ready or self._resumes >= _MOST_RESUMES or not self.flow.busy:
             self.fail("dead")
             return
@@ -99,6 +113,37 @@ class Outgoing:
         self.flow.broke()
         call.close()
         self._call(call.number)
+
+    def retire(self) -> bool:
+        """Begin to close, with nothing lost; False while something is on its way."""
+        if self._leaving:
+            return True
+        if not self._calls or self.busy or not all(c.lane.ready for c in self._calls.values()):
+            return False
+        self._leaving = True
+        for call in self._calls.values():
+            call.bye()
+        self.transport.owner.dirty[self] = None
+        # Whoever asks for it may be in another peer's turn.
+        self._loop.call_soon(self.transport.owner.settle)
+        return True
+
+    def _left(self, call: Call) -> None:
+        del self._calls[call.number]
+        call.close()
+        if self._calls:
+            return
+        self._leaving = False
+        if self.flow.busy:
+            self._call(0)
+        else:
+            self.transport.forget(self)
+
+    @property
+    def over(self) -> bool:
+        """Whether there is nothing left to remember, not even that the peer did not answer."""
+        rest_s = _FORGOTTEN_AFTER * self.transport.settings.backoff_most_s
+        return not self._calls and not self.busy and self._loop.time() > self._retry_s + rest_s
 
     def opened(self) -> None:
         """A connection is ready for frames."""
@@ -122,7 +167,9 @@ class Outgoing:
     def beat(self, now_s: float) -> None:
         """Heartbeats of all connections."""
         for call in list(self._calls.values()):
-            if why := call.beat(now_s):
+            if call.overdue:
+                self._left(call)
+            elif why := call.beat(now_s):
                 self.fail("dead", f"lost peer {self.target}: {why}")
                 return
 
@@ -141,6 +188,8 @@ class Outgoing:
 
     def _close(self) -> None:
         calls, self._calls = self._calls, {}
+        self._leaving = False
+        self.transport.pool.forget(self)
         for call in calls.values():
             call.close()
 

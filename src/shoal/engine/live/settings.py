@@ -20,9 +20,13 @@ class LiveSettings:
     long a connection may take to greet, and how long a broken transfer waits to go on.
     heartbeat_s: a caller asks its peers for a sign of life so often; dead_after_s: one that is
     silent for so long is lost. stall_s: a peer that has begun a frame and sends less than 1 KiB/s
-    for so long is cut off. connections: TCP connections to each peer; more than one helps where
-    bandwidth times round trip exceeds what one may have on the way. checksums: every chunk of a
-    large frame is checked (4 bytes, about 2 GB/s), for long ways without encryption.
+    for so long is cut off. These count only the time in which this process itself was not behind
+    with its work. idle_s: a connection that carried no message for so long is closed, with nothing
+    lost, and opened again when there is one; handshakes: how many of a process may be under way at
+    once, so that those that have begun come to their end. connections: TCP connections to each
+    peer; more than one helps where bandwidth times round trip exceeds what one may have on the way.
+    checksums: every chunk of a large frame is checked (4 bytes, about 2 GB/s), for long ways
+    without encryption.
     address_callers: callers that have not greeted yet, per address. backoff_s: the pause after a
     failed connection, doubled with every failure up to backoff_most_s; messages sent during a pause
     are dropped as "dead".
@@ -42,6 +46,8 @@ class LiveSettings:
     heartbeat_s: float = 5.0
     dead_after_s: float = 20.0
     stall_s: float = 4.0
+    idle_s: float = 60.0
+    handshakes: int = 32
     connections: int = 1
     checksums: bool = False
     address_callers: int = 128
@@ -63,7 +69,7 @@ class LiveSettings:
                     f"LiveSettings: allow has {name!r}, no peer's name (see peer_name)"
                 )
         seconds = ("horizon_s", "start_s", "stop_s", "handshake_s", "heartbeat_s", "stall_s")
-        check_positive("LiveSettings", self, *seconds, "backoff_s")
+        check_positive("LiveSettings", self, *seconds, "idle_s", "backoff_s")
         if not self.dead_after_s >= 2 * self.heartbeat_s:
             raise UsageError(
                 f"LiveSettings: dead_after_s={self.dead_after_s} is less than two heartbeats of "
@@ -71,6 +77,8 @@ class LiveSettings:
             )
         if not 1 <= self.connections <= 64:
             raise UsageError(f"LiveSettings: connections={self.connections}; need 1 to 64")
+        if self.handshakes < 1:
+            raise UsageError(f"LiveSettings: handshakes={self.handshakes}; need 1 or more")
         if self.address_callers < 1:
             raise UsageError(
                 f"LiveSettings: address_callers={self.address_callers}; need 1 or more"

@@ -12,16 +12,17 @@ its word alone without security (`shoal.wire.frame.Greeting`).
 from __future__ import annotations
 
 import asyncio
-import errno
 import os
 import socket
 from collections.abc import Mapping
 from typing import Protocol
 
 from shoal.base.limits import Limits
+from shoal.engine.live.calling import NO_DESCRIPTORS
 from shoal.engine.live.control import Address
 from shoal.engine.live.incoming import Incoming, Inlet
 from shoal.engine.live.outgoing import Outgoing
+from shoal.engine.live.pool import Pool
 from shoal.engine.live.settings import LiveSettings
 from shoal.kernel.waits import Ready, Wait
 from shoal.wire import codec
@@ -30,7 +31,7 @@ from shoal.wire.message import Message
 
 _SCRATCH_BYTES = 1 << 16
 _MOST_STRANGERS = 256
-_ACCEPT_PAUSE_S = 0.1
+_ACCEPT_PAUSE_S = 0.02
 # Few at a time, so that greetings are heard between them and strangers do not pile up.
 _ACCEPTS = 16
 _SWEEPS_A_STALL = 16
@@ -70,12 +71,14 @@ class Transport:
     """A peer's connections: `bind`, then `open`; `down` and `up` are a crash and a restart."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, peer: int, owner: Owner, limits: Limits,
-                 settings: LiveSettings) -> None:  # fmt: skip
+                 settings: LiveSettings, pool: Pool | None = None) -> None:  # fmt: skip
         self.loop = loop
         self.peer = peer
         self.owner = owner
         self.limits = limits
         self.settings = settings
+        self.pool = pool or Pool(loop, settings)
+        """shared with the other peers of the process"""
         self.digest = bytes(16)
         self.addresses: Mapping[int, Address] = {}
         self.scratch = memoryview(bytearray(_SCRATCH_BYTES))
@@ -118,6 +121,7 @@ class Transport:
         self.trust = Trust(keys, frozenset(self.settings.allow))
         self.addresses = addresses
         self.digest = digest
+        self.pool.enter()
         self.loop.add_reader(self._listener, self._accept)
         if self._reception is not None:
             # Once the start is over: whom the peer admits depends on whether it is up by then.
@@ -147,6 +151,8 @@ class Transport:
         self.is_up = False
         if self._sweeper is not None:
             self._sweeper.cancel()
+            self._sweeper = None
+            self.pool.leave()
         if self._listener is not None:
             self.loop.remove_reader(self._listener)
             self._listener.close()
@@ -184,6 +190,12 @@ class Transport:
             return None
         return Handshake(self.credentials, self.peer, self.digest, self.trust.check, target)
 
+    def forget(self, outgoing: Outgoing) -> None:
+        """It has no connections, and nothing to say."""
+        self.pool.forget(outgoing)
+        if self._outgoing.get(outgoing.target) is outgoing:
+            del self._outgoing[outgoing.target]
+
     def seen(self, peer: int) -> None:
         """A sign of life: call that peer again without waiting for the pause to end."""
         outgoing = self._outgoing.get(peer)
@@ -196,10 +208,14 @@ class Transport:
         every_s = min(settings.heartbeat_s / 4, settings.stall_s / _SWEEPS_A_STALL)
         self._sweeper = self.loop.call_later(every_s, self._sweep)
         now_s = self.loop.time()
+        self.pool.idle(now_s)
         for outgoing in list(self._outgoing.values()):
             outgoing.beat(now_s)
+            if outgoing.over:
+                self.forget(outgoing)
+        heard_s = self.pool.attention.now_s
         for source, inlet in list(self.incoming.items()):
-            if inlet.sweep(now_s):
+            if inlet.sweep(heard_s):
                 del self.incoming[source]
         self.owner.settle()
 
@@ -208,17 +224,17 @@ class Transport:
     def _accept(self) -> None:
         assert self._listener is not None
         for _ in range(_ACCEPTS):
+            if not self.pool.has_room:
+                self._accept_later()
+                return
             try:
                 connection, _ = self._listener.accept()
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
                 return
             except OSError as error:
-                if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                if error.errno not in NO_DESCRIPTORS:
                     raise
-                # No descriptors left: let the others go on, and try again a little later.
-                self.owner.lost("accept", 1)
-                self.loop.remove_reader(self._listener)
-                self.loop.call_later(_ACCEPT_PAUSE_S, self._listen_again)
+                self._accept_later()
                 return
             if self._reception is not None:
                 self._reception.take(connection)
@@ -239,6 +255,13 @@ class Transport:
             connection.close()
         else:
             self.strangers.add(Incoming(self, connection, host))
+
+    def _accept_later(self) -> None:
+        """No descriptors left: others are asked to close, and callers wait a little."""
+        assert self._listener is not None
+        self.pool.exhausted()
+        self.loop.remove_reader(self._listener)
+        self.loop.call_later(_ACCEPT_PAUSE_S, self._listen_again)
 
     def _listen_again(self) -> None:
         if self._listener is not None:
