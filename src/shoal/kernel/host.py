@@ -53,17 +53,17 @@ class Host(Protocol):
 
     def stored(self, runtime: Runtime, key: str) -> Any: ...
 
-    def bind(self, socket: Socket, port: int) -> Endpoint:
+    def bind(self, socket: Socket, port: int, /) -> Endpoint:
         """Open a datagram port, 0 = any; the endpoint as the peer itself knows it."""
         ...
 
-    def emit(self, socket: Socket, data: bytes, to: Endpoint) -> None:
+    def emit(self, socket: Socket, data: bytes, to: Endpoint, /) -> None:
         """Send a datagram; nobody learns whether it arrives."""
         ...
 
-    def unbind(self, socket: Socket) -> None: ...
+    def unbind(self, socket: Socket, /) -> None: ...
 
-    def map_port(self, socket: Socket) -> Endpoint | None:
+    def map_port(self, socket: Socket, /) -> Endpoint | None:
         """The outer endpoint that the socket's NAT box opens for everybody, if it does."""
         ...
 

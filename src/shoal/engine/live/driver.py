@@ -24,6 +24,7 @@ from shoal.engine.live.pool import Pool, room
 from shoal.engine.live.schedule import Schedule
 from shoal.engine.live.timers import Timers
 from shoal.engine.live.transport import Transport
+from shoal.engine.live.ways import Ways
 from shoal.engine.traffic import Traffic
 from shoal.kernel.peer import Batching, Cost, Envelope
 from shoal.kernel.runtime import Runtime
@@ -76,6 +77,7 @@ class Driver:
         self.emit = datagrams.emit
         self.unbind = datagrams.unbind
         self.map_port = datagrams.map_port
+        self.ways = Ways(self)
         self.schedule = Schedule(self, network.faults)
         self._report = report
         self._stopping = loop.create_future()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from shoal.base.errors import DecodeError, HandshakeError, MessageTooLarge
 from shoal.engine.live.calling import reset
+from shoal.engine.live.introduction import MAGIC
 from shoal.wire import codec
 from shoal.wire.frame import GREETING_BYTES, Greeting, pack_answer
 from shoal.wire.handshake import Handshake
@@ -72,6 +73,7 @@ class Incoming:
         self._loop = transport.loop
         self._socket: socket.socket | None = connection
         self._greeting = b""
+        self._begun = False
         self._handshake = transport.handshake()
         self._session: Session | None = None
         self._sealed = bytearray()
@@ -162,6 +164,10 @@ class Incoming:
             self._transport.owner.lost("greeting", 1)
             self.close()
             return
+        if not self._begun and data.startswith(MAGIC):
+            self._divert(data)
+            return
+        self._begun = True
         if handshake is not None:
             self._shake(handshake, data)
             return
@@ -177,6 +183,18 @@ class Incoming:
             self._refuse(refusal)
         else:
             self._welcome(greeting.source)
+
+    def _divert(self, data: bytes) -> None:
+        """This caller wants no session, but a line."""
+        connection, self._socket = self._socket, None
+        assert connection is not None
+        self._timer.cancel()
+        self._loop.remove_reader(connection)
+        self._pool.gave()
+        self._pool.forget(self)
+        self._transport.strangers.discard(self)
+        self._receiver.leave()
+        self._transport.lines.take(connection, data)
 
     def _shake(self, handshake: Handshake, data: bytes) -> None:
         transport = self._transport

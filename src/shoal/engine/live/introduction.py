@@ -113,6 +113,8 @@ async def hear(pipe: Pipe) -> object:
 async def _greet(pipe: Pipe, begun: bytes) -> bytes:
     """Exchange nonces; the two in the order of their bytes, which both sides know."""
     own = greeting()
+    if len(begun) > len(own):
+        raise HandshakeError("malformed", f"{len(begun)} bytes before an answer")
     pipe[1].write(own)
     try:
         theirs = begun + await pipe[0].readexactly(len(own) - len(begun))

@@ -29,6 +29,8 @@ _UNSENT_BYTES = 1 << 18
 # A silent connection is asked for a sign of life, which also keeps the mappings of NAT boxes.
 _PROBE_AFTER_S = 15
 _PROBES = 4
+# Lines that both sides opened within this time may have crossed each other.
+_CROSSED_S = 10.0
 
 Pipe = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
@@ -49,19 +51,35 @@ def tuned(sock: socket.socket) -> socket.socket:
 class Line:
     """`run` reads until the end; `carry` takes a local connection through it.
 
-    direct: whether no relay is in between. inlet: opens a connection to this side's transport.
+    direct: whether no relay is in between. opener: the peer that opened it, the one with the lower
+    id if both did. inlet: opens a connection to this side's transport.
     """
 
-    def __init__(self, pipe: Pipe, direct: bool, inlet: Callable[[], Awaitable[Pipe]]) -> None:
+    def __init__(
+        self, pipe: Pipe, opener: int, direct: bool, inlet: Callable[[], Awaitable[Pipe]]
+    ) -> None:
         self.direct = direct
+        self.opener = opener
         self.alive = True
+        self._loop = asyncio.get_running_loop()
+        self._began_s = self._loop.time()
         self._reader, self._writer = pipe
         self._inlet = inlet
         self._turn = asyncio.Lock()
         self._numbers = 0
         self._streams: dict[tuple[bool, int], asyncio.StreamWriter] = {}
         self._pumps: set[asyncio.Task[None]] = set()
-        self._retiring = False
+        self._retires_s: float | None = None
+
+    def gives_way(self, other: Line) -> bool:
+        """Whether another line to the same peer, that came later, is used from now on.
+
+        When both peers opened one at the same time, both keep to the same one.
+        """
+        if not self.alive or self.direct != other.direct:
+            return not (self.alive and self.direct)
+        crossed = self.opener != other.opener and self._loop.time() - self._began_s < _CROSSED_S
+        return not crossed or other.opener < self.opener
 
     async def run(self) -> None:
         """Serve the other side until the connection ends, however it does."""
@@ -109,9 +127,10 @@ class Line:
         self._start(key, reader, writer)
 
     def retire(self) -> None:
-        """Close when the last stream has ended: another line has taken over."""
-        self._retiring = True
-        self._look()
+        """Close when it has no streams; not at once, as the other side may not know yet."""
+        if self._retires_s is None:
+            self._retires_s = self._loop.time() + _CROSSED_S
+            self._loop.call_at(self._retires_s, self._look)
 
     def close(self) -> None:
         """End all streams, and the connection."""
@@ -128,7 +147,7 @@ class Line:
         self, key: tuple[bool, int], reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
         self._streams[key] = writer
-        pump = asyncio.get_running_loop().create_task(self._pump(key, reader))
+        pump = self._loop.create_task(self._pump(key, reader))
         self._pumps.add(pump)
         pump.add_done_callback(self._pumps.discard)
 
@@ -150,5 +169,6 @@ class Line:
             await self._writer.drain()
 
     def _look(self) -> None:
-        if self._retiring and not self._streams:
+        due = self._retires_s is not None and self._loop.time() >= self._retires_s
+        if due and not self._streams:
             self.close()

@@ -129,7 +129,7 @@ class Lines:
         what, source, board = called.intro.what, called.intro.source, self.board
         if what == LINE:
             await called.answer(True)
-            await self._run(source, Line(called.pipe, True, self._inlet))
+            await self._run(source, Line(called.pipe, source, True, self._inlet))
         elif board is None:
             raise HandshakeError("refused", f"peer {source} wants {what!r} of who is no relay")
         elif what == RESERVE:
@@ -155,10 +155,10 @@ class Lines:
     # Lines.
 
     async def _run(self, to: int, line: Line) -> None:
-        """Use the line until it ends; whatever there was before is left to end by itself."""
+        """Use the line until it ends, unless there is a better one: then only serve it."""
         earlier = self._lines.get(to)
-        if earlier is not None and earlier.alive and earlier.direct and not line.direct:
-            # The other side came over a relay while a direct line stands: serve it, no more.
+        if earlier is not None and not earlier.gives_way(line):
+            line.retire()
             await line.run()
             return
         self._lines[to] = line
@@ -224,11 +224,11 @@ class Lines:
                     pipe = await board.ring(self._transport.peer, to)
                     if pipe is None:
                         return None
-                    line = Line(pipe, True, self._inlet)
+                    line = Line(pipe, self._transport.peer, True, self._inlet)
                 elif relay is not None:
                     pipe = await self._call(relay, CALL, to)
                     await self._introduced(pipe, to)
-                    line = Line(pipe, False, self._inlet)
+                    line = Line(pipe, self._transport.peer, False, self._inlet)
                 else:
                     return None
         except ERRORS as error:
@@ -323,9 +323,9 @@ class Lines:
             self._rings -= 1
         if ring.caller == relay:
             # It can be called itself; the line is for what it has to say.
-            await Line(pipe, True, self._inlet).run()
+            await Line(pipe, relay, True, self._inlet).run()
         else:
-            await self._run(ring.caller, Line(pipe, False, self._inlet))
+            await self._run(ring.caller, Line(pipe, ring.caller, False, self._inlet))
 
     async def _leave(self, to: int) -> None:
         """Leave a line with a peer that can be called, so that it can answer."""
@@ -334,8 +334,7 @@ class Lines:
                 with suppress(*ERRORS):
                     async with asyncio.timeout(self._transport.settings.handshake_s):
                         pipe = await self._call(to, LINE)
-                    line = Line(pipe, True, self._inlet)
-                    await line.run()
+                    await Line(pipe, self._transport.peer, True, self._inlet).run()
                 await asyncio.sleep(_PAUSE_S)
         finally:
             self._left.discard(to)
@@ -356,7 +355,8 @@ class Lines:
                     continue
                 pipe = await _pipe(tuned(connection))
                 if await self._agreed(pipe, to):
-                    self._start(self._run(to, Line(pipe, True, self._inlet)))
+                    opener = min(self._transport.peer, to)
+                    self._start(self._run(to, Line(pipe, opener, True, self._inlet)))
                     await asyncio.sleep(0)
                     self._resolve(wait)
                     return

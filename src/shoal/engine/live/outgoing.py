@@ -128,6 +128,16 @@ class Outgoing:
         self._loop.call_soon(self.transport.owner.settle)
         return True
 
+    def reroute(self) -> None:
+        """Call anew where the peer is reached now, with nothing lost that was not on its way."""
+        if any(call.lane.ready for call in self._calls.values()):
+            self.retire()
+        elif self._calls:
+            self._close()
+            if self.flow.busy:
+                self._call(0)
+        self.forgive()
+
     def _left(self, call: Call) -> None:
         del self._calls[call.number]
         call.close()

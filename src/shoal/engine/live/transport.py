@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+from collections import ChainMap
 from collections.abc import Mapping
 from typing import Protocol
 
@@ -21,6 +22,7 @@ from shoal.base.limits import Limits
 from shoal.engine.live.calling import NO_DESCRIPTORS
 from shoal.engine.live.control import Address
 from shoal.engine.live.incoming import Incoming, Inlet
+from shoal.engine.live.lines import Lines
 from shoal.engine.live.outgoing import Outgoing
 from shoal.engine.live.pool import Pool
 from shoal.engine.live.settings import LiveSettings
@@ -35,6 +37,8 @@ _ACCEPT_PAUSE_S = 0.02
 # Few at a time, so that greetings are heard between them and strangers do not pile up.
 _ACCEPTS = 16
 _SWEEPS_A_STALL = 16
+# A peer that listens everywhere calls itself here.
+_WILD = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
 
 class Owner(Protocol):
@@ -80,7 +84,13 @@ class Transport:
         self.pool = pool or Pool(loop, settings)
         """shared with the other peers of the process"""
         self.digest = bytes(16)
+        self.book: Mapping[int, Address] = {}
+        """where peers say that they listen"""
+        self.detours: dict[int, Address] = {}
+        """ports of this machine behind which a line to a peer begins, see `Lines`"""
         self.addresses: Mapping[int, Address] = {}
+        """where peers are called: a detour, if there is one"""
+        self.listening: Address = ("", 0)
         self.scratch = memoryview(bytearray(_SCRATCH_BYTES))
         self.credentials: Credentials | None = None
         """who this peer is; None: everything goes in the clear"""
@@ -94,6 +104,7 @@ class Transport:
         self._outgoing: dict[int, Outgoing] = {}
         self._listener: socket.socket | None = None
         self._reception: Reception | None = None
+        self.lines = Lines(self)
 
     # Life.
 
@@ -111,7 +122,9 @@ class Transport:
         listener.setblocking(False)
         if self._reception is not None:
             self.loop.add_reader(listener, self._accept)
-        return listener.getsockname()[:2]
+        host, port = listener.getsockname()[:2]
+        self.listening = _WILD.get(host) or str(host), port
+        return host, port
 
     def open(
         self, addresses: Mapping[int, Address], digest: bytes, keys: Mapping[int, bytes]
@@ -119,7 +132,8 @@ class Transport:
         """Begin to answer callers and to call the others."""
         assert self._listener is not None
         self.trust = Trust(keys, frozenset(self.settings.allow))
-        self.addresses = addresses
+        self.book = addresses
+        self.addresses = ChainMap(self.detours, addresses)  # type: ignore[arg-type]
         self.digest = digest
         self.pool.enter()
         self.loop.add_reader(self._listener, self._accept)
@@ -146,6 +160,7 @@ class Transport:
         self.incoming.clear()
         for stranger in list(self.strangers):
             stranger.close(abrupt=True)
+        self.lines.close()
 
     def close(self) -> None:
         self.is_up = False
@@ -169,6 +184,7 @@ class Transport:
         outgoing = self._outgoing.get(to)
         if outgoing is None:
             outgoing = self._outgoing[to] = Outgoing(self, to)
+            self.lines.called(to)
         if not outgoing.push(frame):
             self.owner.lost("dead", 1)
             return None
@@ -195,6 +211,12 @@ class Transport:
         self.pool.forget(outgoing)
         if self._outgoing.get(outgoing.target) is outgoing:
             del self._outgoing[outgoing.target]
+
+    def rerouted(self, peer: int) -> None:
+        """That peer is reached another way from now on."""
+        outgoing = self._outgoing.get(peer)
+        if outgoing is not None:
+            outgoing.reroute()
 
     def seen(self, peer: int) -> None:
         """A sign of life: call that peer again without waiting for the pause to end."""
