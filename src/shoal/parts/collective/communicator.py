@@ -137,6 +137,8 @@ class Communicator:
         """the master's number of the last reduction that succeeded here; equal for all in it"""
         self.payload_bytes = 0
         """bytes of tensors that this peer sent in reductions, without headers"""
+        self.rates: dict[int, float] = {}
+        """bit/s to each other peer, as `optimize_topology` measured it"""
         self._settings = ring or Ring()
         self._heartbeat_s = heartbeat_s
         self._master_timeout_s = master_timeout_s
@@ -215,9 +217,12 @@ class Communicator:
         ring = self.ring
         rates = []
         for step in range(1, len(ring)):
-            # Everybody probes another distance at a time, so that nobody is probed twice at once.
-            target = PeerId(ring[(self.rank + step) % len(ring)])
+            # Everybody probes another distance at a time and waits for the slowest, so that no
+            # link is measured while its ends are busy with others.
+            target = PeerId(ring[(ring.index(self.peer.id) + step) % len(ring)])
             rates.append((float(target), await self._rate(target, probe_bytes)))
+            await self._call("measure")
+        self.rates = {int(target): rate for target, rate in rates}
         await self._call("measured", np.array(rates, np.float64).tobytes())
 
     async def sync_shared_state(
@@ -535,20 +540,23 @@ class Communicator:
         return Content(flat[asked.start : asked.start + asked.count].clone())
 
     async def _probed(self, envelope: Envelope[Probe]) -> Content:
-        return Content(torch.empty(0, dtype=torch.uint8, device="cpu"))
+        return Content(torch.tensor([self.peer.now()], dtype=torch.float64, device="cpu"))
 
     async def _rate(self, target: PeerId, size: int) -> float:
-        """Bit/s to a peer; 0 when it does not answer."""
-        took = []
-        for count in (0, size):
-            begun = self.peer.now()
-            load = Probe(torch.zeros(count, dtype=torch.uint8, device="cpu"))
-            try:
-                await self.peer.request(target, load, deadline=begun + self._fetch_s)
-            except PeerError:
-                return 0.0
-            took.append(self.peer.now() - begun)
-        return 8.0 * size / max(took[1] - took[0], 1e-9)
+        """Bit/s to a peer, by when an empty message and one right behind it came; 0 = no answer."""
+        deadline = self.peer.now() + self._fetch_s
+        loads = [torch.zeros(count, dtype=torch.uint8, device="cpu") for count in (0, size)]
+        asked: list[TaskHandle] = []
+        try:
+            async with self.peer.tasks() as group:
+                for load in loads:
+                    asked.append(
+                        group.start(self.peer.request(target, Probe(load), deadline=deadline))
+                    )
+        except PeerError:
+            return 0.0
+        first, last = (float(each.result().values[0]) for each in asked)
+        return 8.0 * size / max(last - first, 1e-9)
 
 
 def _ended(word: Word | None) -> Word | None:
