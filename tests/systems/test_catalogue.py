@@ -243,7 +243,8 @@ def test_program_runs_over_sockets(name: str) -> None:
     assert run.finished
     assert run.messages_delivered > 0
     assert all(problem is None for problem in (rule(run) for rule in INVARIANTS))
-    assert sorted(run.final) == list(range(LIVE_PEERS))
+    if cell.scenario.task is not None:
+        assert sorted(run.final) == list(range(LIVE_PEERS))
 
 
 REPEAT = """
