@@ -38,10 +38,8 @@ def measure(tiny: bool, note: Note) -> Iterator[Row]:
                 found.setdefault((security, size), []).extend(took)
     took_s = {key: median(values) for key, values in found.items()}
     gloo = ("Gloo", large / took_s["gloo", large] / 1e6)
-    for security, how, bound in (
-        ("none", "in the clear", ">= 0.8"),
-        ("noise", "encrypted", ">= 0.4"),
-    ):
+    ways = (("none", "in the clear", ">= 0.8"), ("noise", "encrypted", ">= 0.4"))
+    for security, how, bound in ways:
         rate = large / took_s[security, large] / 1e6
         yield Row.of(f"all-reduce of 64 MiB, {how}", rate, "MB/s", against=gloo, bound=bound)
     gloo_ms = 1e3 * took_s["gloo", small]
