@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 import signal
 import socket
 import struct
@@ -254,37 +253,3 @@ def test_two_are_killed_and_one_comes_back_from_its_store(tmp_path: Path) -> Non
     stored = float(peers.text(3).split("END True [")[1].split("]")[0])
     assert stored >= 1.0
     assert "[2.0]" in peers.text(1), "the last round heard both, the one that came back included"
-
-
-def _any_schedule(folder: Path, seed: int) -> None:
-    draws = random.Random(seed)
-    peers = Processes(folder)
-    for number in range(4):
-        peers.start(number, bootstrap=number > 0)
-    try:
-        for _ in range(draws.randint(1, 3)):
-            time.sleep(draws.uniform(0.0, 3.0))
-            victim = draws.randrange(4)
-            peers.kill(victim)
-            if draws.random() < 0.6:
-                peers.start(victim, bootstrap=victim > 0 or draws.random() < 0.5)
-    finally:
-        # Before the start a dead founder's peers wait for `start_s`; that is no hang.
-        limit = time.monotonic() + 75
-        for child in peers.children.values():
-            try:
-                child.wait(max(0.1, limit - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                hung = [n for n, c in peers.children.items() if c.poll() is None]
-                text = "\n".join(peers.text(n)[-300:] for n in hung)
-                for each in peers.children.values():
-                    each.kill()
-                    each.wait()
-                raise AssertionError(f"seed {seed}: {hung} hang: {text}") from None
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(120)
-@pytest.mark.parametrize("seed", range(12))
-def test_no_schedule_of_kills_makes_a_run_hang(tmp_path: Path, seed: int) -> None:
-    _any_schedule(tmp_path, seed)
