@@ -139,6 +139,19 @@ class Identity:
             serialization.NoEncryption(),
         )
         path = Path(path)
+        try:
+            self._write(path, data)
+        except OSError as error:
+            if isinstance(error, FileExistsError) and path.exists():
+                raise UsageError(
+                    f"key file {path}: it exists (load it, or remove it to become another peer)"
+                ) from None
+            raise UsageError(
+                f"key file {path}: {error.strerror} (name another place, or free space)"
+            ) from None
+
+    @staticmethod
+    def _write(path: Path, data: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         # Written whole under another name first, so that a crash leaves no half a key. A link fails
         # if the name is taken, where a rename would replace the other key.
@@ -150,10 +163,6 @@ class Identity:
                 file.flush()
                 os.fsync(file.fileno())
             os.link(temporary, path)
-        except FileExistsError:
-            raise UsageError(
-                f"key file {path}: it exists (load it, or remove it to become another peer)"
-            ) from None
         finally:
             os.unlink(temporary)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import socket
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from multiprocessing import process as current
@@ -80,6 +81,7 @@ def run_live(
             "run_live: called while a new process imports this script (put the call under "
             '`if __name__ == "__main__":`)'
         )
+    _check_host(settings.host)
     factory = programs if callable(programs) else control.ByPeer((programs,) * network.peers)
     plans = [
         control.Plan(
@@ -90,6 +92,16 @@ def run_live(
     ]  # fmt: skip
     with one_thread():
         return _Launch(plans, observer, progress).run()
+
+
+def _check_host(host: str) -> None:
+    """Say that peers cannot listen there before there are any."""
+    try:
+        socket.create_server((host, 0)).close()
+    except OSError as error:
+        raise UsageError(
+            f"run_live: cannot listen on {host}: {error.strerror} (name an address of this machine)"
+        ) from None
 
 
 def _packed(plans: Sequence[control.Plan]) -> list[bytes]:
