@@ -549,10 +549,10 @@ class Communicator:
         asked: list[TaskHandle] = []
         try:
             async with self.peer.tasks() as group:
-                for load in loads:
-                    asked.append(
-                        group.start(self.peer.request(target, Probe(load), deadline=deadline))
-                    )
+                asked += [
+                    group.start(self.peer.request(target, Probe(load), deadline=deadline))
+                    for load in loads
+                ]
         except PeerError:
             return 0.0
         first, last = (float(each.result().values[0]) for each in asked)
