@@ -37,6 +37,8 @@ _ACCEPT_PAUSE_S = 0.02
 # Few at a time, so that greetings are heard between them and strangers do not pile up.
 _ACCEPTS = 16
 _SWEEPS_A_STALL = 16
+_CROWD = 512
+_RARELY = 8.0
 # A peer that listens everywhere calls itself here.
 _WILD = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
@@ -227,7 +229,9 @@ class Transport:
     def _sweep(self) -> None:
         """Look after what no event of a socket would tell: heartbeats, and who is too slow."""
         settings = self.settings
-        every_s = min(settings.heartbeat_s / 4, settings.stall_s / _SWEEPS_A_STALL)
+        # A process with thousands of connections looks less often: one look takes about 2 us each.
+        crowd = min(_RARELY, max(1.0, self.pool.open / _CROWD))
+        every_s = crowd * min(settings.heartbeat_s / 4, settings.stall_s / _SWEEPS_A_STALL)
         self._sweeper = self.loop.call_later(every_s, self._sweep)
         now_s = self.loop.time()
         self.pool.idle(now_s)
