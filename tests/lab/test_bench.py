@@ -66,7 +66,13 @@ def test_naming_benches_loads_no_torch() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [n if n != "scale" else pytest.param(n, marks=pytest.mark.slow) for n in bench.names()]
+    "name",
+    [
+        pytest.param(n, marks=(pytest.mark.slow, pytest.mark.timeout(300)))
+        if n in ("scale", "collective")
+        else n
+        for n in bench.names()
+    ],
 )
 def test_every_bench_runs_at_its_smallest_size(name: str) -> None:
     notes: list[str] = []

@@ -1,6 +1,6 @@
 """Peer programs that the bench of collectives times, on real processes.
 
-python -m shoal.lab.bench._collective SECURITY BYTES REPEATS QUANTISED    seconds, as JSON
+`python -m shoal.lab.bench._collective QUANTISED [BYTES REPEATS]...`: seconds in the clear, as JSON.
 """
 
 from __future__ import annotations
@@ -51,28 +51,27 @@ async def together(peer: Any, group: Communicator, peers: int) -> None:
 
 @dataclass(frozen=True)
 class Reduces:
-    """All-reduces of one size; peer 1 records how long each took."""
+    """All-reduces of some sizes (bytes, repeats); peer 1 records how long each took."""
 
     peers: int
-    size_bytes: int
-    repeats: int
+    plan: tuple[tuple[int, int], ...]
     quantised: bool = False
 
     async def run(self, peer: Any) -> None:
-        values = torch.empty(self.size_bytes // 4)
         codec = Quantised() if self.quantised else None
         async with Communicator(peer, _MASTER, master_timeout_s=_LATE_S) as group:
             await together(peer, group, self.peers)
-            small = torch.zeros(1)
-            for turn in range(_UNCOUNTED + self.repeats):
-                values.fill_(1.0)
-                await group.all_reduce_with_retry(small, tag=1)  # Everybody is here.
-                watch = Stopwatch()
-                await group.all_reduce(values, quantise=codec)
-                took_s = watch.wall_s
-                assert values[0] == values[-1] == self.peers
-                if peer.id == 1 and turn >= _UNCOUNTED:
-                    peer.record("took_s", took_s)
+            for size_bytes, repeats in self.plan:
+                values, here = torch.empty(size_bytes // 4), torch.zeros(1)
+                for turn in range(_UNCOUNTED + repeats):
+                    values.fill_(1.0)
+                    await group.all_reduce_with_retry(here, tag=1)  # So that all begin at once.
+                    watch = Stopwatch()
+                    await group.all_reduce(values, quantise=codec)
+                    took_s = watch.wall_s
+                    assert values[0] == values[-1] == self.peers
+                    if peer.id == 1 and turn >= _UNCOUNTED:
+                        peer.record("took_s", took_s, size_bytes=str(size_bytes))
 
 
 @dataclass(frozen=True)
@@ -169,14 +168,19 @@ def run(program: Any, security: Any, faults: tuple[Fault, ...] = ()) -> Run:
     )  # fmt: skip
 
 
-def seconds(security: str, size_bytes: int, repeats: int, quantised: bool, peers: int = 4) -> Any:
-    """How long all-reduces took."""
-    program = Reduces(peers, size_bytes, repeats, quantised)
-    return [row.value for row in run(program, security).series("took_s")]
+def seconds(
+    security: str, plan: tuple[tuple[int, int], ...], *, quantised: bool = False, peers: int = 4
+) -> list[list[float]]:
+    """How long the all-reduces of each size took."""
+    rows = run(Reduces(peers, plan, quantised), security).series("took_s")
+    return [
+        [row.value for row in rows if row.labels == (("size_bytes", str(size_bytes)),)]
+        for size_bytes, _ in plan
+    ]
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    security, *numbers = sys.argv[1:]
-    size_bytes, repeats, quantised = map(int, numbers)
-    sys.stdout.write(json.dumps(seconds(security, size_bytes, repeats, bool(quantised))) + "\n")
+    quantised, *numbers = map(int, sys.argv[1:])
+    plan = tuple(zip(numbers[::2], numbers[1::2], strict=True))
+    sys.stdout.write(json.dumps(seconds("none", plan, quantised=bool(quantised))) + "\n")

@@ -1,7 +1,7 @@
 """`torch.distributed` with Gloo as the yardstick of collectives: a process per rank, over TCP.
 
-python -m shoal.lab.bench._gloo rate RANKS BYTES REPEATS    seconds of each all-reduce, as JSON
-python -m shoal.lab.bench._gloo kill RANKS BYTES            what survivors of a kill are told
+`python -m shoal.lab.bench._gloo` with `rate RANKS [BYTES REPEATS]...` prints the seconds of each
+all-reduce, and with `kill RANKS BYTES` what survivors of a kill are told; both as JSON.
 """
 
 from __future__ import annotations
@@ -30,19 +30,23 @@ def _join(rank: int, ranks: int, meeting: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=ranks)
 
 
-def _rate(rank: int, ranks: int, meeting: str, size: int, repeats: int, pipe: Connection) -> None:
+def _rate(rank: int, ranks: int, meeting: str, *plan: Any) -> None:
+    *numbers, pipe = plan
     _join(rank, ranks, meeting)
-    values = torch.empty(size // 4)
-    seconds = []
-    for _ in range(_UNCOUNTED + repeats):
-        values.fill_(1.0)
-        dist.barrier()
-        watch = Stopwatch()
-        dist.all_reduce(values)
-        seconds.append(watch.wall_s)
-        assert values[0] == values[-1] == ranks
+    found = []
+    for size, repeats in zip(numbers[::2], numbers[1::2], strict=True):
+        values = torch.empty(size // 4)
+        seconds = []
+        for _ in range(_UNCOUNTED + repeats):
+            values.fill_(1.0)
+            dist.barrier()
+            watch = Stopwatch()
+            dist.all_reduce(values)
+            seconds.append(watch.wall_s)
+            assert values[0] == values[-1] == ranks
+        found.append(seconds[_UNCOUNTED:])
     if not rank:
-        pipe.send(seconds[_UNCOUNTED:])
+        pipe.send(found)
     dist.destroy_process_group()
 
 
