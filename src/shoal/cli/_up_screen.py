@@ -8,7 +8,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from rich.console import Group
+    from rich.console import Console, Group
     from rich.live import Live
     from rich.table import Table
 
@@ -45,7 +45,11 @@ def shown(up: Up, *, quiet: bool, json: bool) -> Shown:
         return _Json(up)
     if quiet:
         return _Lines(up, quiet=True)
-    return _Screen(up) if sys.stderr.isatty() else _Lines(up, quiet=False)
+    if not sys.stderr.isatty():
+        return _Lines(up, quiet=False)
+    from rich.console import Console
+
+    return Screen(up, Console(stderr=True))
 
 
 def _counts(fleet: Fleet) -> dict[str, int]:
@@ -152,23 +156,21 @@ class _Lines:
         say(text, error=True)
 
 
-class _Screen:
-    """One screen that is drawn again and again."""
+class Screen:
+    """One screen that is drawn again and again; what happened stays above it."""
 
-    def __init__(self, up: Up) -> None:
-        from rich.console import Console
-
+    def __init__(self, up: Up, console: Console) -> None:
         self._up = up
-        self._console = Console(stderr=True)
+        self._console = console
         self._note = ""
         self._begin_s = monotonic()
         self._live: Live
 
-    def __enter__(self) -> _Screen:
+    def __enter__(self) -> Screen:
         from rich.live import Live
 
         self._live = Live(
-            get_renderable=self._draw, console=self._console, refresh_per_second=4,
+            get_renderable=self.draw, console=self._console, refresh_per_second=4,
             transient=True,
         )  # fmt: skip
         self._live.__enter__()
@@ -187,13 +189,13 @@ class _Screen:
                 style = "red" if event.what in ("died", "failed") else "yellow"
                 self._live.console.print(_said(event), style=style, highlight=False)
 
-    def _draw(self) -> Group:
+    def draw(self) -> Group:
         from rich.console import Group
         from rich.text import Text
 
         up, fleet = self._up, self._up.fleet
         room = max(3, self._console.height - _AROUND_TABLE)
-        posts, hidden = _chosen(fleet.posts, room)
+        posts, hidden = chosen(fleet.posts, room)
         lines: list[Any] = [self._head(), self._bar(), self._table(posts)]
         if hidden:
             counts = ", ".join(f"{count} {state}" for state, count in _counts(fleet).items())
@@ -264,7 +266,7 @@ def _state(post: Post) -> str:
     return "rejoined" if post.state == "running" and post.rejoined else post.state
 
 
-def _chosen(posts: list[Post], room: int) -> tuple[list[Post], int]:
+def chosen(posts: list[Post], room: int) -> tuple[list[Post], int]:
     """The posts that fit, those that are not simply running first in line; how many do not."""
     if len(posts) <= room:
         return posts, 0

@@ -26,7 +26,8 @@ from shoal.cli.options import (
 if TYPE_CHECKING:
     from shoal.cli._up_screen import Shown
     from shoal.lab.cell import Cell
-    from shoal.lab.up import Upped
+    from shoal.lab.report import Report
+    from shoal.lab.up import Up, Upped
 
 
 def command(
@@ -80,7 +81,7 @@ def command(
     """
     from shoal.base.errors import UsageError
     from shoal.cli._up_screen import shown
-    from shoal.cli.console import say, show_report, show_report_json
+    from shoal.cli.console import say
     from shoal.cli.peer import address, experiment_of_run, names_in
     from shoal.engine.live.fleet import FleetSettings
     from shoal.lab.joined import chosen
@@ -105,16 +106,10 @@ def command(
             upped = up.run(screen.tell, stop, hurry)
             report = report_of(experiment, cell, upped, store, up.folder.name)
             path = report.save(out or default_folder() / "reports", f"{report.slug()}-up")
-    (show_report_json if json else show_report)(report, path)
-    if not json:
-        _show_posts(up.fleet.posts)
-    raise typer.Exit(_code(upped, stop))
-
-
-def _code(upped: Upped, stop: threading.Event) -> int:
-    if stop.is_set():
-        return 130
-    return 0 if upped.run.finished else 1
+    if stop.is_set() and not json:
+        say("stopped; the report tells how far it came", "yellow", error=True)
+    (_show_json if json else _show)(up, upped, report, path)
+    raise typer.Exit(130 if stop.is_set() else int(not upped.run.finished))
 
 
 def _folder(parent: Path, cell: Cell) -> Path:
@@ -142,13 +137,26 @@ def _signals(stop: threading.Event, hurry: threading.Event, screen: Shown) -> It
             signal.signal(each, handler)
 
 
-def _show_posts(posts: list) -> None:  # type: ignore[type-arg]
-    from shoal.cli.console import say
+def _show(up: Up, upped: Upped, report: Report, path: Path) -> None:
+    from shoal.cli.console import say, show_report
 
-    again = [post for post in posts if post.restarts]
-    for post in again:
-        times = "once" if post.restarts == 1 else f"{post.restarts} times"
-        say(f"peer {post.peer}: started again {times} (log: {post.log})")
-    for post in posts:
-        if post.state in ("died", "failed"):
+    show_report(report, path)
+    for post in up.fleet.posts:
+        if post.restarts:
+            times = "once" if post.restarts == 1 else f"{post.restarts} times"
+            say(f"peer {post.peer}: started again {times} (log: {post.log})")
+        if post.peer in upped.lost:
             say(f"peer {post.peer}: {post.state}: {post.why} (log: {post.log})", "red")
+
+
+def _show_json(up: Up, upped: Upped, report: Report, path: Path) -> None:
+    from shoal.cli.console import json_line, show_report_json
+
+    restarts = {str(post.peer): post.restarts for post in up.fleet.posts if post.restarts}
+    json_line(
+        {
+            "event": "end", "finished": upped.run.finished, "lost": upped.lost,
+            "restarts": restarts,
+        }
+    )  # fmt: skip
+    show_report_json(report, path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import threading
 from collections.abc import Callable, Collection
@@ -39,8 +40,9 @@ class Upped:
 class Up:
     """`count` processes of this machine run a cell; `run` starts them and stays until they end.
 
-    folder: made for this run; it gets `run.json`, and for each peer a log and a store. The cell may
-    have more peers than `count`: the others join from elsewhere, with `bootstrap` as an address.
+    folder: made for this run; it gets `run.json`, and for each peer a log and a store, which is
+    removed when all is done. The cell may have more peers than `count`: the others join from
+    elsewhere, with `bootstrap` as an address.
     listen: where the first peer listens; port 0 = any free one. The others listen on its host, so
     it must be an address at which everybody reaches this machine. allow: names of the keys that may
     join from elsewhere; None = anybody if there is room for more peers, else nobody.
@@ -92,7 +94,7 @@ class Up:
         commands = []
         for peer in range(count):
             words = [sys.executable, "-m", "shoal", "peer", str(file), "--id", str(peer)]
-            words += ["--store", str(folder / f"peer-{peer}"), "--until-eof"]
+            words += ["--store", str(self._store(peer)), "--until-eof"]
             words += ["--start-s", str(start_s), "--gone-s", str(gone_s)]
             port = self.bootstrap[1] if peer == 0 else 0
             words += ["--listen", _shown((listen[0], port))]
@@ -110,10 +112,11 @@ class Up:
         """The names of all keys here, which are made before any process starts."""
         from shoal.wire.identity import Identity
 
-        return [
-            Identity.load_or_new(self.folder / f"peer-{peer}" / "peer.key").name
-            for peer in range(count)
-        ]
+        files = [self._store(peer) / "peer.key" for peer in range(count)]
+        return [Identity.load_or_new(file).name for file in files]
+
+    def _store(self, peer: int) -> Path:
+        return self.folder / f"peer-{peer}"
 
     @property
     def invitation(self) -> str:
@@ -136,6 +139,9 @@ class Up:
         watch = Stopwatch()
         fleet, cell = self.fleet, self.cell
         fleet.run(tell, stop, hurry)
+        if fleet.whole:
+            for post in fleet.posts:
+                shutil.rmtree(self._store(post.peer))
         parts = fleet.runs(cell.seed, cell.scenario.peers)
         run = merged(parts, cell.seed, cell.scenario.peers)
         run.messages_in_flight = max(0, run.messages_in_flight)
