@@ -41,7 +41,7 @@ class Seen:
 
 @message
 class Probe:
-    """Have me dialled back: what arrives shows what my box lets in."""
+    """Have me dialled back: what arrives shows what my box lets in. The answer says it is done."""
 
     number: int
 
@@ -204,6 +204,7 @@ class _Serving:
         if isinstance(what, Ask):
             await self._say(Seen(what.number, *source), source)
         elif isinstance(what, Probe):
+            await self._say(Seen(what.number, *source), source)
             await self._alternate.send_to(packed(Seen(what.number, *source)), source)
             if partner is not None:
                 await self._say(DialBack(what.number, *source), partner)

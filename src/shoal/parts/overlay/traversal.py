@@ -181,7 +181,7 @@ class Traversal:
         self._gap_s, self._timeout_s, self._keepalive_s = gap_s, timeout_s, keepalive_s
         self._messages = messages
         self._identity, self._key_of = identity, key_of
-        self._port_passed = False
+        self._probed = self._port_passed = False
         self._reserved: Reserved | None = None
         # Above all numbers of an earlier life, which others may remember.
         self._numbers = int(peer.now() * 1000)
@@ -231,7 +231,11 @@ class Traversal:
         The dial-backs come first: they must come from where nothing was sent to.
         """
         self.mapped = await self.socket.map_port()
-        for _ in range(3):
+        end_s = self.peer.now() + 3 * self._timeout_s
+        while not self._probed and self.peer.now() < end_s:
+            await self._send(Probe(_PROBE), self._relay)
+            await self.peer.sleep_until(self.peer.now() + self._timeout_s / 8)
+        for _ in range(2):
             await self._send(Probe(_PROBE), self._relay)
         await self.peer.sleep_until(self.peer.now() + self._timeout_s)
         for _ in range(3):
@@ -327,9 +331,11 @@ class Traversal:
 
     def _saw(self, what: Seen, source: Endpoint) -> None:
         if what.number == _PROBE:
-            if source == self._other:
+            if source == self._relay:
+                self._probed = True
+            elif source == self._other:
                 self.reachable = True
-            elif source.host == self._relay.host and source != self._relay:
+            elif source.host == self._relay.host:
                 self._port_passed = True
         elif source in (self._relay, self._other) or (
             self._reserved is not None and source == self._beside
