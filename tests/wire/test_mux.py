@@ -460,14 +460,16 @@ def test_chunks_cover_a_frame(total: int) -> None:
 
 def test_a_cutter_borrows_until_it_holds() -> None:
     class Nobody:
+        ripe = ()
+
         def place(self, record: Record) -> memoryview:
             raise AssertionError
 
         def take(self, record: Record, payload: memoryview) -> None:
             raise AssertionError
 
-        def pop(self) -> None:
-            return None
+        def pop(self) -> memoryview:
+            raise AssertionError
 
     cutter = Cutter(DEFAULT, Nobody())
     data = bytearray(b"".join(codec.encode(Plain(3, 0.5, True, "x", b""))) * 2)

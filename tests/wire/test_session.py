@@ -50,7 +50,8 @@ def _opened(session: Session, pieces: Iterable[bytes]) -> bytes:
             count = min(len(space), len(piece))
             space[:count] = piece[:count]
             piece = piece[count:]
-            for record in session.records(count, MEMORY):
+            session.came(count, MEMORY)
+            while (record := session.record()) is not None:
                 found += session.open(record)
     return bytes(found)
 
@@ -95,7 +96,8 @@ def test_a_long_buffer_is_opened_where_it_belongs() -> None:
     MEMORY[: len(stream)] = stream
     place = memoryview(bytearray(len(data)))
     at = 0
-    for record in there.records(len(stream), MEMORY):
+    there.came(len(stream), MEMORY)
+    while (record := there.record()) is not None:
         there.open(record, place[at : at + RECORD_BYTES])
         at += RECORD_BYTES
     assert place == data
@@ -120,7 +122,8 @@ def test_a_changed_byte_is_forged_and_what_came_before_is_whole(at: int, change:
     space = there.space(MEMORY)
     space[: len(stream)] = stream
     try:
-        for record in there.records(len(stream), MEMORY):
+        there.came(len(stream), MEMORY)
+        while (record := there.record()) is not None:
             found += there.open(record)
     except Forged:
         pass

@@ -161,11 +161,8 @@ class Prefix(msgspec.Struct, frozen=True):
     header_bytes: int
     segments: int
     body_bytes: int
-
-    @property
-    def rest_bytes(self) -> int:
-        """How many bytes follow the prefix."""
-        return _pad(self.header_bytes) + self.body_bytes
+    rest_bytes: int
+    """how many bytes follow the prefix"""
 
 
 def read_prefix(data: Buffer, limits: Limits = DEFAULT) -> Prefix:
@@ -181,15 +178,19 @@ def read_prefix(data: Buffer, limits: Limits = DEFAULT) -> Prefix:
         raise MessageTooLarge(f"frame: header of {header} bytes; limit {limits.header_bytes}")
     if PREFIX.size + header + body > limits.frame_bytes:
         raise MessageTooLarge(f"frame: {header + body} bytes; limit {limits.frame_bytes}")
-    return Prefix(code, request, header, segments, body)
+    return Prefix(code, request, header, segments, body, _pad(header) + body)
 
 
-def decode(data: Buffer, limits: Limits = DEFAULT) -> tuple[Message, int]:
+def decode(
+    data: Buffer, limits: Limits = DEFAULT, prefix: Prefix | None = None
+) -> tuple[Message, int]:
     """A whole frame to (message, request); tensors are views of `data`.
 
-    Raises DecodeError for anything malformed, and for kinds that this process does not declare.
+    prefix: what `read_prefix` found in it, if that was called already. Raises DecodeError for
+    anything malformed, and for kinds that this process does not declare.
     """
-    prefix = read_prefix(data, limits)
+    if prefix is None:
+        prefix = read_prefix(data, limits)
     if len(data) != PREFIX.size + prefix.rest_bytes:
         raise DecodeError(
             f"frame: {len(data)} bytes; its prefix says {PREFIX.size + prefix.rest_bytes}"
@@ -198,11 +199,14 @@ def decode(data: Buffer, limits: Limits = DEFAULT) -> tuple[Message, int]:
     if kind is None:
         raise DecodeError(f"frame: kind {prefix.code:#010x} is not declared here (import it)")
     view = memoryview(data)
-    start = PREFIX.size + _pad(prefix.header_bytes)
-    _local.body = _Body(view[start:], prefix.segments)
+    end = PREFIX.size + prefix.header_bytes
+    body = _NO_BODY
+    if prefix.segments or prefix.body_bytes:
+        body = _Body(view[_pad(end) :], prefix.segments)
+    _local.body = body
     try:
-        message = _decoder(kind).decode(view[PREFIX.size : PREFIX.size + prefix.header_bytes])
-        _local.body.finish()
+        message = _decoder(kind).decode(view[PREFIX.size : end])
+        body.finish()
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, OverflowError) as error:
         raise DecodeError(f"frame: {kind.__name__}: {error}") from None
     except WireError:
@@ -238,6 +242,9 @@ class _Body:
     def finish(self) -> None:
         if self._next != self._segments or self._offset != len(self._view):
             raise DecodeError("frame: segments left over")
+
+
+_NO_BODY = _Body(memoryview(b""), 0)
 
 
 def _extension(code: int, data: memoryview) -> Tensor | Packed:

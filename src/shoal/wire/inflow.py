@@ -169,6 +169,7 @@ class Receiver:
         self.hello: Record | None = None
         self.unsent = bytearray()
         self.heard_pings = 0
+        self.ripe: deque[tuple[int, memoryview]] = deque()
         self.bye = False
         """whether the caller said that nothing more comes here"""
         self._granted = 0
@@ -183,6 +184,7 @@ class Receiver:
         """Welcome the caller: from here on its frames may come."""
         limits = self.limits
         self._flow = flow
+        self.ripe = flow.ripe
         hello = Record(Kind.HELLO, number=limits.partial_bytes, part=limits.open_frames, total=life)
         self.unsent += hello.pack()
         for told in flow.state():
@@ -255,9 +257,7 @@ class Receiver:
         else:
             self.hello = record
 
-    def pop(self) -> memoryview | None:
-        if self._flow is None or not self._flow.ripe:
-            return None
-        number, frame = self._flow.ripe.popleft()
+    def pop(self) -> memoryview:
+        number, frame = self.ripe.popleft()
         self.unsent += Record(Kind.DONE, number=number).pack()
         return frame

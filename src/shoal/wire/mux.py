@@ -14,12 +14,13 @@ frames into chunks is `shoal.wire.outflow`, who puts them together `shoal.wire.i
 from __future__ import annotations
 
 import struct
+from collections.abc import Sized
 from enum import IntEnum
 from typing import NamedTuple, Protocol
 
 from shoal.base.errors import DecodeError, MessageTooLarge
 from shoal.base.limits import Limits
-from shoal.wire.codec import PREFIX, Buffer, read_prefix
+from shoal.wire.codec import PREFIX, Buffer, Prefix, read_prefix
 from shoal.wire.frame import place
 
 CHUNK_BYTES = 1 << 18
@@ -100,6 +101,11 @@ def chunk_bytes(total: int, index: int) -> int:
 class Handler(Protocol):
     """What a `Cutter` does with records."""
 
+    @property
+    def ripe(self) -> Sized:
+        """Frames that chunks completed."""
+        ...
+
     def place(self, record: Record) -> memoryview:
         """Where the payload goes, `NOTHING` if there is none; raises for what must not come."""
         ...
@@ -108,8 +114,8 @@ class Handler(Protocol):
         """The record and all of its payload are here."""
         ...
 
-    def pop(self) -> memoryview | None:
-        """The next frame that chunks completed, or None."""
+    def pop(self) -> memoryview:
+        """The next of the ripe frames."""
         ...
 
 
@@ -123,17 +129,21 @@ class Cutter:
     """
 
     __slots__ = (
-        "_data", "_goal", "_handler", "_have", "_limits", "_prefix", "_record", "small_bytes",
+        "_borrowed", "_data", "_goal", "_handler", "_have", "_head", "_limits", "_record", "prefix",
+        "small_bytes",
     )  # fmt: skip
 
     def __init__(self, limits: Limits, handler: Handler) -> None:
         self._limits = limits
         self._handler = handler
-        self._prefix = memoryview(bytearray(PREFIX.size))
+        self._head = memoryview(bytearray(PREFIX.size))
         self._goal: memoryview | None = None
         self._record: Record | None = None
         self._have = 0
         self._data = NOTHING
+        self._borrowed = False
+        self.prefix: Prefix | None = None
+        """of the frame that `next` returned last, if it was looked at"""
         self.small_bytes = 0
         """bytes of frames in one piece that began so far"""
 
@@ -157,21 +167,20 @@ class Cutter:
         if self._goal is not None:
             return [self._goal[self._have :], self._behind(self._goal, scratch)]
         if self._have:
-            return [self._prefix[self._have :], scratch]
+            return [self._head[self._have :], scratch]
         return [scratch]
 
     def _behind(self, goal: memoryview, scratch: memoryview) -> memoryview:
         """Where bytes behind the goal go. Behind a chunk comes another one, mostly: read its 32
         bytes and nothing that would have to be moved."""
-        return self._prefix if self._record is not None and len(goal) > PREFIX.size else scratch
+        return self._head if self._record is not None and len(goal) > PREFIX.size else scratch
 
     def received(self, count: int, scratch: memoryview) -> None:
         """That many bytes are in what `space` returned."""
         goal = self._goal
+        self._borrowed = True
         if goal is not None:
-            behind = (
-                self._prefix if self._record is not None and len(goal) > PREFIX.size else scratch
-            )
+            behind = self._behind(goal, scratch)
             took = min(count, len(goal) - self._have)
             self._have += took
             self._data = behind[: count - took]
@@ -186,10 +195,26 @@ class Cutter:
         """Bytes that were received elsewhere, such as those of an opened seal."""
         assert not self._data
         self._data = data
+        self._borrowed = True
+
+    def room(self, count: int) -> memoryview | None:
+        """Where the next bytes lie in the end, if so many of them lie there side by side; say
+        `filled` when they are there."""
+        goal = self._goal
+        if goal is None or self._data:
+            return None
+        end = self._have + count
+        return goal[self._have : end] if end <= len(goal) else None
+
+    def filled(self, count: int) -> None:
+        """That many bytes are in what `room` returned."""
+        self._have += count
 
     def hold(self) -> None:
         """Keep what is not cut yet in memory of its own."""
-        self._data = memoryview(bytes(self._data))
+        if self._borrowed:
+            self._data = memoryview(bytes(self._data))
+            self._borrowed = False
 
     def next(self) -> memoryview | None:
         """The next whole frame, or None when more bytes are needed.
@@ -206,25 +231,30 @@ class Cutter:
                 if record is None:
                     return goal
                 self._handler.take(record, goal)
-            if (frame := self._handler.pop()) is not None:
-                return frame
+            if self._handler.ripe:
+                self.prefix = None
+                return self._handler.pop()
             data = self._data
-            if self._have or len(data) < PREFIX.size:
-                took = min(PREFIX.size - self._have, len(data))
-                self._prefix[self._have : self._have + took] = data[:took]
+            have = len(data)
+            if self._have or have < PREFIX.size:
+                if not have:
+                    return None
+                took = min(PREFIX.size - self._have, have)
+                self._head[self._have : self._have + took] = data[:took]
                 self._have += took
                 self._data = data[took:]
                 if self._have < PREFIX.size:
                     return None
-                self._begin(self._prefix)
+                self._begin(self._head)
                 self._have = 0 if self._record is not None else PREFIX.size
             elif data[1] == _MARK:
                 self._data = data[PREFIX.size :]
                 self._begin(data)
             else:
-                prefix = read_prefix(data, self._limits)
-                total = self._small(prefix.rest_bytes)
-                if total > len(data) or prefix.segments:
+                total = self._small(data)
+                prefix = self.prefix
+                assert prefix is not None
+                if total > have or prefix.segments:
                     self._goal = place(total, total - prefix.body_bytes)
                 else:
                     self._data = data[total:]
@@ -246,13 +276,15 @@ class Cutter:
             self._goal = self._handler.place(record)
             self._record = record
             return
-        prefix = read_prefix(head, self._limits)
-        total = self._small(prefix.rest_bytes)
-        self._goal = place(total, total - prefix.body_bytes)
+        total = self._small(head)
+        assert self.prefix is not None
+        self._goal = place(total, total - self.prefix.body_bytes)
         self._goal[: PREFIX.size] = head[: PREFIX.size]
 
-    def _small(self, rest_bytes: int) -> int:
-        total = PREFIX.size + rest_bytes
+    def _small(self, head: memoryview) -> int:
+        """Read the prefix of a frame in one piece; how many bytes that has."""
+        self.prefix = prefix = read_prefix(head, self._limits)
+        total = PREFIX.size + prefix.rest_bytes
         if total > SMALL_BYTES:
             raise MessageTooLarge(
                 f"frame: {total} bytes in one piece; above {SMALL_BYTES} it comes in chunks"

@@ -308,6 +308,7 @@ class Lane:
         self.pong = -1
         """number of the last ping that was answered"""
         self.sent_bytes = 0
+        self.ripe = ()
         self.closing = False
         """whether nothing more goes here"""
         self.unwanted = False
@@ -467,8 +468,8 @@ class Lane:
             raise DecodeError("connection: more frames than can be open")
         self._have[number] = here
 
-    def pop(self) -> None:
-        return None
+    def pop(self) -> memoryview:
+        raise AssertionError("a called peer sends no frames")
 
 
 _CONTROL, _SMALL, _CHUNK = range(3)

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import struct
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Sequence
 
 from shoal.base.errors import Forged
+from shoal.wire.mux import Cutter
 from shoal.wire.noise import TAG_BYTES, Buffer, CipherState, Unauthentic
 
 LENGTH = struct.Struct("<I")
@@ -24,6 +25,7 @@ REKEY_EVERY = 1 << 18
 SCRATCH_BYTES = 4 * (RECORD_BYTES + OVERHEAD_BYTES)
 """A good size for the memory that sessions seal into and receive into."""
 
+_NOTHING = memoryview(b"")
 # Shorter buffers are copied together into one record; longer ones are sealed where they are.
 _JOINED_BYTES = 1 << 13
 _local = threading.local()
@@ -32,42 +34,48 @@ _local = threading.local()
 class Session:
     """Seals what goes out and opens what comes in; the two directions are independent.
 
-    Sessions of one thread may share the memory that `seal` and `space` work in: what must outlive
-    a call is kept here, or is the caller's to copy.
+        Sessions of one thread may share the memory that `seal` and `space` work in: what must outlive
+        a call is kept here, or is the caller's to copy.
 
-    >>> from shoal.wire.noise import CipherState
-    >>> def end(sends, receives):
-    ...     keys = (CipherState("AESGCM", bytes(31) + byte) for byte in (sends, receives))
-    ...     return Session(*keys)
-    >>> here, there = end(b"1", b"2"), end(b"2", b"1")
-    >>> memory = memoryview(bytearray(SCRATCH_BYTES))
-    >>> sealed, taken = here.seal([b"some", b"thing"], memory)
-    >>> len(sealed), taken
-    (29, 9)
-    >>> [bytes(there.open(record)) for record in there.records(len(sealed), memory)]
-    [b'something']
+        >>> from shoal.wire.mux import Cutter
+    from shoal.wire.noise import CipherState
+        >>> def end(sends, receives):
+        ...     keys = (CipherState("AESGCM", bytes(31) + byte) for byte in (sends, receives))
+        ...     return Session(*keys)
+        >>> here, there = end(b"1", b"2"), end(b"2", b"1")
+        >>> memory = memoryview(bytearray(SCRATCH_BYTES))
+        >>> sealed, taken = here.seal([b"some", b"thing"], memory)
+        >>> len(sealed), taken
+        (29, 9)
+        >>> there.came(len(sealed), memory)
+        >>> bytes(there.open(there.record()))
+        b'something'
     """
 
-    __slots__ = ("_receives", "_rest", "_sends")
+    __slots__ = ("_borrowed", "_receives", "_sealed", "_sends")
 
     def __init__(self, sends: CipherState, receives: CipherState) -> None:
         self._sends = sends
         self._receives = receives
-        self._rest = b""
+        self._sealed = _NOTHING
+        self._borrowed = False
 
     @property
     def partial(self) -> bool:
-        """Whether a record has begun to arrive and not ended."""
-        return bool(self._rest)
+        """Whether a record has begun to arrive and is not opened."""
+        return len(self._sealed) > 0
 
     # Out.
 
-    def seal(self, buffers: Iterable[Buffer], place: memoryview) -> tuple[memoryview, int]:
+    def seal(self, buffers: Sequence[Buffer], place: memoryview) -> tuple[memoryview, int]:
         """Records of as much of the buffers as the place has room for.
 
         Returns the part of the place that must now be written, all of it and in order, and how many
         bytes of the buffers it holds. The place must have room for a record of some thousand bytes.
         """
+        if len(buffers) == 1 and len(buffers[0]) <= _JOINED_BYTES:
+            # Most of what is sent is one small message.
+            return place[: self._seal(buffers[0], place, 0)], len(buffers[0])
         end, at, taken = len(place), 0, 0
         short: list[Buffer] = []
         short_bytes = 0
@@ -116,25 +124,42 @@ class Session:
 
     def space(self, memory: memoryview) -> memoryview:
         """The part of the memory into which the next bytes must be received."""
-        rest = self._rest
-        if rest:
-            memory[: len(rest)] = rest
-            return memory[len(rest) :]
-        return memory
+        rest = self._sealed
+        if not rest:
+            return memory
+        memory[: len(rest)] = rest
+        return memory[len(rest) :]
 
-    def records(self, count: int, memory: memoryview) -> Iterator[memoryview]:
-        """The records that are complete after `count` bytes came into `space(memory)`, still
-        sealed; give each to `open` before the next. Raises Forged for an impossible length."""
-        end, at = len(self._rest) + count, 0
-        while end - at >= LENGTH.size:
-            (size,) = LENGTH.unpack_from(memory, at)
+    def came(self, count: int, memory: memoryview) -> None:
+        """So many bytes were received into `space(memory)`, which is borrowed until `record`
+        returns None, or until `hold`."""
+        self._sealed = memory[: len(self._sealed) + count]
+        self._borrowed = True
+
+    def hold(self) -> None:
+        """Keep what came, and no `record` was, in memory of its own."""
+        if self._borrowed:
+            self._sealed = memoryview(bytes(self._sealed))
+            self._borrowed = False
+
+    def record(self) -> memoryview | None:
+        """The next whole record, still sealed; give it to `open` before the next. None when it has
+        not come yet. Raises Forged for an impossible length."""
+        sealed = self._sealed
+        have = len(sealed)
+        if have >= LENGTH.size:
+            (size,) = LENGTH.unpack_from(sealed)
             check_length(size)
-            begin = at + LENGTH.size
-            if end - begin < size:
-                break
-            at = begin + size
-            yield memory[begin:at]
-        self._rest = bytes(memory[at:end])
+            end = LENGTH.size + size
+            if end == have:
+                self._sealed = _NOTHING
+                self._borrowed = False
+                return sealed[LENGTH.size :]
+            if end < have:
+                self._sealed = sealed[end:]
+                return sealed[LENGTH.size : end]
+        self.hold()
+        return None
 
     def open(self, record: memoryview, place: memoryview | None = None) -> Buffer:
         """The plaintext of the next record, in the place if one of its exact size is given.
@@ -163,15 +188,25 @@ def memory() -> tuple[memoryview, memoryview]:
     return pieces
 
 
-def opened(session: Session, count: int, memory: memoryview, place: memoryview) -> memoryview:
-    """The plaintext of all records that are complete after `count` bytes, one after the other in
-    the place, which needs as much room as the memory. Raises Forged."""
-    at = 0
-    for record in session.records(count, memory):
-        end = at + len(record) - TAG_BYTES
-        session.open(record, place[at:end])
-        at = end
-    return place[:at]
+def feed(session: Session, cutter: Cutter, plain: memoryview) -> bool:
+    """Open the next record into a cutter that wants more bytes; False when none is whole.
+
+    What belongs to a chunk is opened where it stays, the rest into `plain`, which is borrowed as
+    the cutter's `feed` says. Raises Forged.
+    """
+    record = session.record()
+    if record is None:
+        return False
+    size = len(record) - TAG_BYTES
+    place = cutter.room(size)
+    if place is None:
+        place = plain[:size]
+        session.open(record, place)
+        cutter.feed(place)
+    else:
+        session.open(record, place)
+        cutter.filled(size)
+    return True
 
 
 def check_length(size: int) -> None:

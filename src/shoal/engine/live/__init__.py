@@ -3,7 +3,7 @@
 driver.py     the peers of one process; the `Host` of their runtimes over an asyncio loop
 delivery.py   from `send` to a connection, through the faults of links (proxy.py)
 transport.py  one peer's listener and connections (outgoing.py, incoming.py): TCP, one per ordered
-              pair of peers
+              pair of peers; turns.py: whose connection is read next
 schedule.py   faults of peers and clocks: what happens when; timers.py: deadlines
 compute.py    local work in a thread (worker.py), so that the loop keeps answering
 memory.py     what survives a crash, in memory or in files (store.py)

@@ -18,7 +18,7 @@ from shoal.base.errors import HandshakeError, WireError
 from shoal.wire.frame import ANSWER_BYTES, Greeting, unpack_answer
 from shoal.wire.handshake import Handshake
 from shoal.wire.outflow import Lane
-from shoal.wire.session import Session, memory, opened
+from shoal.wire.session import Session, feed, memory
 
 if TYPE_CHECKING:
     from shoal.engine.live.outgoing import Outgoing
@@ -220,9 +220,9 @@ class Call:
         """Bytes from the connection into the lane's cutter; 0 at its end."""
         assert self._socket is not None
         if self._session is not None:
-            received, plain = memory()
+            received, _ = memory()
             count = self._socket.recv_into(self._session.space(received))
-            self.lane.cutter.feed(opened(self._session, count, received, plain))
+            self._session.came(count, received)
             return count
         scratch = self._outgoing.transport.scratch
         count = self._socket.recvmsg_into(self.lane.cutter.space(scratch))[0]
@@ -235,6 +235,8 @@ class Call:
         self.heard_s = self._pool.attention.now_s
         try:
             lane.heard()
+            while self._session is not None and feed(self._session, lane.cutter, memory()[1]):
+                lane.heard()
         except WireError as error:
             outgoing.fail("dead", f"closed the connection to peer {outgoing.target}: {error}")
             return

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import socket
 from contextlib import suppress
 from time import perf_counter
@@ -15,15 +14,13 @@ from shoal.wire import codec
 from shoal.wire.frame import GREETING_BYTES, Greeting, pack_answer
 from shoal.wire.handshake import Handshake
 from shoal.wire.inflow import Inflow, Receiver
-from shoal.wire.session import Session, memory, opened
+from shoal.wire.session import Session, feed, memory
 
 if TYPE_CHECKING:
     from shoal.engine.live.transport import Transport
 
 # One turn's longest: a peer that floods this one makes the others wait so long, and not longer.
 _TURN_S = 0.0002
-# Reads of one turn while chunks come; each takes up to a chunk.
-_READS = 4
 _STALL_BYTES_PER_S = 1024
 
 
@@ -86,7 +83,7 @@ class Incoming:
         self._spent_bytes = 0
         self._began_s = self._mark_s = self._heard_s = self._pool.attention.now_s
         self._watched = False
-        self._again: asyncio.Handle | None = None
+        self._heavy = False
         connection.setblocking(False)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._timer = self._loop.call_later(transport.settings.handshake_s, self._late)
@@ -96,8 +93,6 @@ class Incoming:
         if self._socket is None:
             return
         self._timer.cancel()
-        if self._again is not None:
-            self._again.cancel()
         self._loop.remove_reader(self._socket)
         self._loop.remove_writer(self._socket)
         if abrupt:
@@ -140,8 +135,15 @@ class Incoming:
             self._cut_off("said no hello in time")
 
     def _readable(self) -> None:
-        if self._again is not None:
-            return  # What was read before comes first.
+        if self._heavy:
+            self._pool.turns.join(self)
+        else:
+            self.go_on()
+
+    def go_on(self) -> None:
+        """One turn: of the greeting, or of frames for a bounded time."""
+        if self._socket is None:
+            return
         try:
             if self.source < 0:
                 self._greet()
@@ -280,12 +282,19 @@ class Incoming:
     # Frames.
 
     def _receive(self) -> None:
-        """One turn: read what is here, and take it apart for a bounded time."""
+        """What was left of the last turn, then what is here."""
+        cutter, end_s = self._receiver.cutter, perf_counter() + _TURN_S
+        held = self._heavy and self._held
+        self._heavy = False
         try:
-            for _ in range(_READS):
-                if not self._read():
-                    return
-                if not self._take() or self._receiver.cutter.inside is None:
+            while held or self._read():
+                held = False
+                if not self._take(end_s):
+                    break
+                if cutter.inside is None:
+                    break  # Most likely that was all: no need to ask.
+                if perf_counter() > end_s:
+                    self._pause()
                     break
         except (DecodeError, MessageTooLarge) as error:
             transport = self._transport
@@ -293,7 +302,14 @@ class Incoming:
             transport.owner.lost("too large" if too_large else "malformed", 1)
             self._cut_off(str(error))
             return
-        self._write()
+        if self._receiver.unsent or self._sealed:
+            self._write()
+
+    @property
+    def _held(self) -> bool:
+        """Whether there may be a frame in what was read already."""
+        session = self._session
+        return self._receiver.cutter.fed or (session is not None and session.partial)
 
     def _cut_off(self, why: str) -> None:
         """Close what this caller sends, and tell why; nothing of it goes on later."""
@@ -306,17 +322,16 @@ class Incoming:
         self.close(abrupt=True)
 
     def _read(self) -> bool:
-        """Bytes from the connection into the cutter; False when there are none for now."""
-        transport, cutter = self._transport, self._receiver.cutter
+        """Bytes from the connection to where they are taken apart; False when there are none."""
+        transport, cutter, session = self._transport, self._receiver.cutter, self._session
+        received, _ = memory()
         assert self._socket is not None
-        received, plain = memory()
         try:
-            if self._session is not None:
-                count = self._socket.recv_into(self._session.space(received))
+            if session is not None:
+                count = self._socket.recv_into(session.space(received))
             else:
                 count = self._socket.recvmsg_into(cutter.space(transport.scratch))[0]
         except (BlockingIOError, InterruptedError):
-            self._write()
             return False
         except OSError:
             count = 0
@@ -326,27 +341,29 @@ class Incoming:
             self.close()
             return False
         self._came_bytes += count
-        if self._session is not None:
-            cutter.feed(opened(self._session, count, received, plain))
+        if session is not None:
+            session.came(count, received)
         else:
             cutter.received(count, transport.scratch)
         return True
 
-    def _take(self) -> bool:
+    def _take(self, end_s: float) -> bool:
         """Hand on what is complete; False when the turn is over or the connection closed."""
-        receiver, transport = self._receiver, self._transport
+        receiver, transport, session = self._receiver, self._transport, self._session
         owner, peer, limits = transport.owner, transport.peer, transport.limits
-        end_s = perf_counter() + _TURN_S
+        cutter, plain = receiver.cutter, memory()[1]
         while True:
             frame = receiver.next()
             if frame is None:
+                if session is not None and feed(session, cutter, plain):
+                    continue
                 if receiver.hello is not None and self._inlet is None:
                     self._join()
                 elif receiver.bye:
                     self._part()
                     return False
                 return True
-            message, request = codec.decode(frame, limits)
+            message, request = codec.decode(frame, limits, cutter.prefix)
             owner.arrived(peer, self.source, message, request, len(frame))
             if self._socket is None:
                 return False  # What arrived made this peer crash or close.
@@ -362,22 +379,13 @@ class Incoming:
             incoming.pop(self.source, None)
 
     def _pause(self) -> None:
-        """The others' turn; then this connection goes on with what it has, before it reads."""
-        assert self._socket is not None
-        self._receiver.cutter.hold()
-        self._again = self._loop.call_soon(self._go_on)
-
-    def _go_on(self) -> None:
-        self._again = None
-        if self._socket is None:
-            return
-        try:
-            self._take()
-            self._write()
-        except (DecodeError, MessageTooLarge) as error:
-            self._cut_off(str(error))
-        finally:
-            self._transport.owner.settle()
+        """The turn is used up: the others come first, and then those who wait in line."""
+        self._heavy = True
+        if self._held:
+            self._receiver.cutter.hold()
+            if self._session is not None:
+                self._session.hold()
+            self._pool.turns.join(self)
 
     def _write(self) -> None:
         """Answers: credit, receipts, pongs."""

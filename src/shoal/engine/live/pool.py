@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from shoal.base.errors import UsageError
 from shoal.engine.live.attention import Attention
+from shoal.engine.live.turns import Turns
 
 if TYPE_CHECKING:
     from shoal.engine.live.settings import LiveSettings
@@ -93,6 +94,7 @@ class Pool:
         self, loop: asyncio.AbstractEventLoop, settings: LiveSettings, most: int | None = None
     ) -> None:
         self.attention = Attention(loop)
+        self.turns = Turns(loop)
         self._most = self.most = 1 << 24 if most is None else most
         self.open = 0
         """descriptors of connections"""
@@ -121,6 +123,7 @@ class Pool:
         if self._members:
             return
         self.attention.stop()
+        self.turns.stop()
         for handle in (self._served, self._retry):
             if handle is not None:
                 handle.cancel()

@@ -1,0 +1,55 @@
+"""Whose connection is read next: those who send little first, the others one after the other."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Protocol
+
+
+class Reader(Protocol):
+    """What can be read for a bounded time."""
+
+    def go_on(self) -> None:
+        """Take one turn; join the line again for more."""
+        ...
+
+
+class Turns:
+    """The line of the connections that used up their last turn.
+
+    One of them is served after each time that the loop has looked for news, so whoever did not use
+    up its turn waits for one turn of a flood, however many connections flood this process.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._line: dict[Reader, None] = {}
+        self._next: asyncio.Handle | None = None
+
+    def join(self, reader: Reader) -> None:
+        """Wait in line, once."""
+        self._line[reader] = None
+        if self._next is None:
+            self._next = self._loop.call_soon(self._look)
+
+    def stop(self) -> None:
+        """Serve nobody any more."""
+        self._line.clear()
+        if self._next is not None:
+            self._next.cancel()
+            self._next = None
+
+    def _look(self) -> None:
+        # The loop calls what was asked for before it looks for news, so it is asked a second time:
+        # by then it has looked, and what it found comes first.
+        self._next = self._loop.call_soon(self._serve)
+
+    def _serve(self) -> None:
+        self._next = None
+        line = self._line
+        if line:
+            reader = next(iter(line))
+            del line[reader]
+            reader.go_on()
+        if line and self._next is None:
+            self._next = self._loop.call_soon(self._look)
