@@ -23,7 +23,7 @@ def main(peer: int, plan: Path, result: Path) -> None:
     )  # fmt: skip
     settings = replace(LiveSettings(horizon_s=program.until_s + 5.0), host=hosts[peer])
     run = join_live(program, Network(len(hosts)), joining, settings=settings)
-    result.write_bytes(pickle.dumps((run.rows, [h.what for h in run.happenings], run.dropped)))
+    result.write_bytes(pickle.dumps((run.rows, run.dropped)))
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ def in_namespaces(program: Cross, kinds: tuple[str, ...], folder: Path) -> list[
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
         running = [
             subprocess.Popen(
-                made.command(p, sys.executable, str(script), str(p), str(plan), str(folder / f"{p}")),
+                made.command(p, sys.executable, *map(str, (script, p, plan, folder / f"{p}"))),
                 env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             )
             for p in range(len(kinds))
@@ -55,9 +55,8 @@ def in_namespaces(program: Cross, kinds: tuple[str, ...], folder: Path) -> list[
                 process.communicate()
     runs = []
     for peer in range(len(kinds)):
-        rows, whys, dropped = pickle.loads((folder / f"{peer}").read_bytes())
+        rows, dropped = pickle.loads((folder / f"{peer}").read_bytes())
         runs.append(Run("live", 0, len(kinds), rows=rows, dropped=dropped))
-        print(peer, whys, dropped)
     return runs
 
 

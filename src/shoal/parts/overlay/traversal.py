@@ -238,16 +238,16 @@ class Traversal:
         for _ in range(2):
             await self._send(Probe(_PROBE), self._relay)
         await self.peer.sleep_until(self.peer.now() + self._timeout_s)
-        for _ in range(3):
-            await self._reserve()
-            for number, place in enumerate((self._relay, self._other)):
-                await self._send(Ask(number), place)
-            end_s = self.peer.now() + self._timeout_s
-            while self.peer.now() < end_s and not self._registered():
-                await self.peer.sleep_until(self.peer.now() + self._gap_s)
-            if self._registered():
-                return await self._reserve_for_messages()
-        return False
+        end_s = again_s = self.peer.now()
+        end_s += 3 * self._timeout_s
+        while not self._registered() and self.peer.now() < end_s:
+            if self.peer.now() >= again_s:
+                await self._reserve()
+                for number, place in enumerate((self._relay, self._other)):
+                    await self._send(Ask(number), place)
+                again_s += self._timeout_s / 4
+            await self.peer.sleep_until(self.peer.now() + self._gap_s)
+        return self._registered() and await self._reserve_for_messages()
 
     def _registered(self) -> bool:
         if self._reserved is None or not self.seen.keys() >= {self._relay, self._other}:
