@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from shoal.base.errors import UsageError
 from shoal.lab.build import build, check, edges
 from shoal.lab.faults import FaultSetting, Round, read_fault
+from shoal.lab.launch import network_of
 from shoal.lab.scenario import EngineSettings, Part, Scenario, parse_settings, typed
 from shoal.lab.toml_file import load_toml, parse_toml
 from shoal.world import faults as world
@@ -260,3 +261,14 @@ def test_engine_settings_may_be_a_table() -> None:
     assert Scenario(engine={"strict": True}).engine == EngineSettings(strict=True)
     with pytest.raises(UsageError, match=r"engine\.strikt = True; there is no such setting"):
         Scenario(engine={"strikt": True})
+
+
+def test_nat_boxes_are_part_of_a_scenario() -> None:
+    world = Scenario("nat", peers=5, seconds=1.0, nats={"symmetric": 2, "full cone": 1})
+    assert Scenario.from_json(world.to_json()) == world
+    network = network_of(world, build(world))
+    assert sorted(box.name for box in network.nats) == ["full cone", "symmetric", "symmetric"]
+    with pytest.raises(UsageError, match="did you mean 'symmetric'"):
+        world.with_settings({"nats": {"symetric": 1}})
+    with pytest.raises(UsageError, match="there are 5 peers"):
+        world.with_settings({"nats": {"symmetric": 4, "full cone": 3}})

@@ -116,11 +116,12 @@ def network_of(scenario: Scenario, pieces: Pieces) -> Network:
     """The world around the peers."""
     from shoal.world.device import Device
     from shoal.world.links import Links
+    from shoal.world.nat import placed
     from shoal.world.network import Network
 
     return Network(
         scenario.peers, pieces.topology, pieces.links or Links(), pieces.device or Device(),
-        pieces.faults,
+        pieces.faults, placed(dict(scenario.nats), scenario.seed),
     )  # fmt: skip
 
 
@@ -222,7 +223,10 @@ def _run_program(
         from shoal.engine.live import LiveSettings, run_live
 
         live = LiveSettings(horizon_s=horizon_s)
-        return run_live(program, network, seed=seed, settings=live, observer=measure, progress=note)
+        return run_live(
+            program, network, seed=seed, processes=min(scenario.engine.processes, network.peers),
+            settings=live, observer=measure, progress=note,
+        )  # fmt: skip
     from shoal.engine.event import EventSettings, simulate
 
     settings = EventSettings(

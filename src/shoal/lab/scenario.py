@@ -12,6 +12,7 @@ from shoal.base.digest import bytes_digest
 from shoal.base.errors import UsageError
 from shoal.lab.faults import FaultSetting, read_fault
 from shoal.lab.values import Path, Unfit, Where, fit, freeze, from_text, literal, near, refuse, thaw
+from shoal.world.nat import CLASSIC
 
 # Scenario field -> role of the part that it takes (see `shoal.parts`); links and device are worlds.
 ROLES: Mapping[str, str] = {
@@ -47,6 +48,7 @@ class Part:
 class EngineSettings:
     """How a run is computed, not what: batching of local work, strict wire, torch device.
 
+    processes: over how many the peers of a run on `live` are spread;
     device: where models live, such as "cpu" or "cuda:0"; "auto" is a GPU if there is one. What is
     stored of a run names the device that it ran on, so that a replay uses the same.
     """
@@ -54,6 +56,7 @@ class EngineSettings:
     batching: Literal["lazy", "off"] = "lazy"
     strict: bool = False
     device: str = "auto"
+    processes: int = 1
 
 
 _HINTS: Mapping[str, Any] = {
@@ -62,7 +65,7 @@ _HINTS: Mapping[str, Any] = {
     "eval_peers": int | None, "measures": tuple[str, ...], "byzantine": int | tuple[int, ...],
 }  # fmt: skip
 _ENGINE_HINTS: Mapping[str, Any] = {
-    "batching": Literal["lazy", "off"], "strict": bool, "device": str,
+    "batching": Literal["lazy", "off"], "strict": bool, "device": str, "processes": int,
 }  # fmt: skip
 
 
@@ -76,6 +79,8 @@ class Scenario:
     for programs without rounds; eval_peers: how many peers are evaluated, None = all; measures:
     what else is measured of the last mean model, such as "flatness" (parts of the role `measure`);
     byzantine: ids, or a count that is placed by key;
+    nats: how many peers are behind a NAT box of each kind, the first ones, shuffled by key; the
+    others are public (see `shoal.world.nat`);
     task ... device: `Part(name, settings)`, a name, or a live object from Python. With a live
     object the scenario works but is no data any more: it has no JSON form and cannot be replayed.
 
@@ -103,6 +108,7 @@ class Scenario:
     byzantine: int | tuple[int, ...] = 0
     links: Any = None
     device: Any = None
+    nats: Mapping[str, int] | tuple[tuple[str, int], ...] = ()
     faults: tuple[FaultSetting, ...] = ()
     engine: EngineSettings = field(default_factory=EngineSettings)
 
@@ -120,6 +126,7 @@ class Scenario:
             object.__setattr__(self, "engine", self._read("engine", engine, _owner))
         if not isinstance(self.byzantine, int):
             object.__setattr__(self, "byzantine", tuple(sorted(set(self.byzantine))))
+        object.__setattr__(self, "nats", freeze(dict(self.nats)))
         faults = tuple(read_fault(f, _owner, ("faults", i)) for i, f in enumerate(self.faults))
         object.__setattr__(self, "faults", faults)
         problem = _problem(vars(self))
@@ -162,6 +169,9 @@ class Scenario:
             elif f.name == "faults":
                 if value:
                     out["faults"] = [fault.to_json() for fault in value]
+            elif f.name == "nats":
+                if value:
+                    out["nats"] = dict(value)
             elif f.name == "engine":
                 if value != EngineSettings():
                     out["engine"] = dict(vars(value))
@@ -208,6 +218,10 @@ class Scenario:
             if not isinstance(value, (list, tuple)):
                 refuse(where, path, value, "need a list of tables", "write [[faults]]")
             return tuple(read_fault(f, where, (*path, i)) for i, f in enumerate(value))
+        if key == "nats":
+            if not isinstance(value, (Mapping, tuple)):
+                refuse(where, path, value, "need a table", "write nats = { symmetric = 3 }")
+            return freeze(dict(value))
         if key == "engine":
             if isinstance(value, EngineSettings):
                 return value
@@ -228,7 +242,7 @@ def _owner(path: Path) -> str:
 
 def _fit(value: Any, hints: Mapping[str, Any], key: str, where: Where, path: Path) -> Any:
     if key not in hints:
-        known = [*hints, *(() if hints is _ENGINE_HINTS else (*ROLES, "faults", "engine"))]
+        known = [*hints, *(() if hints is _ENGINE_HINTS else (*ROLES, "nats", "faults", "engine"))]
         refuse(where, path, value, "there is no such setting", near(key, known))
     try:
         return fit(value, hints[key])
@@ -273,6 +287,13 @@ def _problem(values: Mapping[str, Any]) -> tuple[Path, Any, str, str] | None:
             return ((name,), value, "need more than 0 seconds", f"raise {name}, or leave it out")
     if values["eval_every"] < 0:
         return (("eval_every",), values["eval_every"], "need 0 or more", "0 = only at the end")
+    for kind, count in dict(values["nats"]).items():
+        if kind not in CLASSIC:
+            return (("nats", kind), count, "there is no such NAT", near(kind, CLASSIC))
+        if not (isinstance(count, int) and 0 <= count <= peers):
+            return (("nats", kind), count, f"need 0 to {peers} peers", "lower it")
+    if sum(dict(values["nats"]).values()) > peers:
+        return (("nats",), dict(values["nats"]), f"there are {peers} peers", "raise peers")
     count = values["eval_peers"]
     if count is not None and count < 1:
         return (("eval_peers",), count, "need at least 1", "leave it out to evaluate all")
@@ -303,7 +324,12 @@ def parse_settings(pairs: tuple[str, ...] | list[str]) -> dict[str, str]:
 def is_scenario_key(key: str) -> bool:
     """Whether a `--set` key belongs to the scenario (rather than to a system's settings)."""
     head = key.partition(".")[0]
-    return head in _HINTS or head in ROLES or head in ("engine", "faults") or key in _ENGINE_HINTS
+    return (
+        head in _HINTS
+        or head in ROLES
+        or head in ("engine", "faults", "nats")
+        or key in _ENGINE_HINTS
+    )
 
 
 def typed(key: str, text: str) -> tuple[str, Any]:
@@ -311,7 +337,7 @@ def typed(key: str, text: str) -> tuple[str, Any]:
     if key in _ENGINE_HINTS and key not in ROLES:
         key = f"engine.{key}"
     head, _, rest = key.partition(".")
-    if head in ROLES or head == "faults":
+    if head in ROLES or head in ("faults", "nats"):
         return key, literal(text)  # typed by the part's own fields when it is built
     hint = _ENGINE_HINTS.get(rest, Any) if head == "engine" else _HINTS.get(head, Any)
     try:
