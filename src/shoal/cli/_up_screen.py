@@ -20,7 +20,7 @@ _STYLES = {
     "ended": "dim", "stopping": "yellow", "pausing": "yellow", "died": "red", "failed": "red",
 }  # fmt: skip
 _WORTH_SEEING = ("failed", "died", "pausing", "stopping", "starting", "looking", "waiting")
-_AROUND_TABLE = 9
+_AROUND_TABLE = 10
 """lines of the screen besides the table's rows"""
 _LATE_S = 5.0
 
@@ -241,10 +241,10 @@ class Screen:
 
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
         for head in ("peer", "pid"):
-            table.add_column(head, justify="right")
-        table.add_column("state")
+            table.add_column(head, justify="right", no_wrap=True)
+        table.add_column("state", no_wrap=True)
         for head in ("round", "sent", "received", "heard", "restarts"):
-            table.add_column(head, justify="right")
+            table.add_column(head, justify="right", no_wrap=True)
         for post in posts:
             ago_s = monotonic() - post.heard_s
             heard = "" if post.over or post.state == "pausing" else f"{ago_s:.1f} s ago"

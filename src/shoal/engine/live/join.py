@@ -21,7 +21,7 @@ from dataclasses import asdict, replace
 from queue import Empty, SimpleQueue
 from time import monotonic_ns, time_ns
 
-from shoal.base.errors import SimulationError
+from shoal.base.errors import SimulationError, UsageError
 from shoal.base.limits import DEFAULT, Limits
 from shoal.engine.live import control
 from shoal.engine.live.book import RUN_BYTES
@@ -73,6 +73,10 @@ def join_live(
     """
     check_faults(network.faults)
     settings = settings or LiveSettings()
+    if joining.peer is not None and not 0 <= joining.peer < network.peers:
+        raise UsageError(
+            f"join_live: peer={joining.peer}; need 0 to {network.peers - 1} (None = a free one)"
+        )
     if joining.allow is not None:
         settings = replace(settings, allow=tuple(sorted(joining.allow)))
     member = _Joined(program, network, joining, seed, settings, limits,

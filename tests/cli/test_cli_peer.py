@@ -1,0 +1,91 @@
+"""`shoal peer`: what it prints, what it refuses, and that it ends when it is told to."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "live"))
+
+from up_processes import environment
+
+pytestmark = [pytest.mark.live, pytest.mark.timeout(120)]
+
+
+def peer(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "shoal", "peer", *words], cwd=folder, env=environment(folder),
+        capture_output=True, text=True, check=False, timeout=90,
+    )  # fmt: skip
+
+
+def test_a_key_is_made_once_and_its_name_printed(tmp_path: Path) -> None:
+    first = peer(tmp_path, "--key", "me.key", "--show-name")
+    again = peer(tmp_path, "--key", "me.key", "--show-name")
+    assert first.returncode == again.returncode == 0
+    assert first.stdout == again.stdout
+    assert len(first.stdout.strip()) == 56
+    assert (tmp_path / "me.key").stat().st_mode & 0o077 == 0
+
+
+def test_misuse_is_refused_with_the_rule_and_the_repair(tmp_path: Path) -> None:
+    (tmp_path / "friends.txt").write_text("# mine\nalice\n")
+    (tmp_path / "run.json").write_text("{}")
+    for words, said in (
+        ((), "FILE_OR_NAME is missing (such as `shoal peer dpsgd`)"),
+        (("baets",), "did you mean 'beats'?"),
+        (("beats", "--listen", "here"), "--listen here; need HOST:PORT (such as 192.168.1.5:7000)"),
+        (("beats", "--bootstrap", "127.0.0.1:99999"), "--bootstrap 127.0.0.1:99999; need HOST:"),
+        (("beats", "--allow", "friends.txt"), "friends.txt:2: 'alice' is no peer's name"),
+        (("beats", "--allow", "foes.txt"), "--allow foes.txt: No such file"),
+        (("beats", "--set", "baets=3"), "did you mean 'beats'?"),
+        (("beats", "--arm", "other"), "there is no such arm; need one of beats"),
+        (("beats", "--id", "3"), "peer=3; need 0 to 2"),
+        (("run.json",), "this is no run.json that `shoal up` wrote"),
+        (("run.json", "--seed", "1"), "a run is described there wholly"),
+        (("beats", "--listen", "192.0.2.1:7000"), "cannot listen on 192.0.2.1:7000"),
+    ):
+        done = peer(tmp_path, *words)
+        assert done.returncode == 2, (words, done)
+        assert said in done.stderr, (words, done.stderr)
+        assert done.stderr.startswith("error: ")
+        assert done.stdout == ""
+
+
+def test_a_peer_alone_prints_what_it_measured(tmp_path: Path) -> None:
+    plain = peer(tmp_path, "beats", "--peers", "1", "--set", "beats=2")
+    assert plain.returncode == 0, plain.stderr
+    lines = dict(line.split(": ") for line in plain.stdout.splitlines())
+    assert lines["finished"] == "True"
+    assert lines["heard"] == "0"
+    assert "peer 0: running at 127.0.0.1:" in plain.stderr
+    found = peer(tmp_path, "beats", "--peers", "1", "--set", "beats=2", "--json")
+    objects = [json.loads(line) for line in found.stdout.splitlines()]
+    assert found.stderr == ""
+    states = list(dict.fromkeys(o["state"] for o in objects if o["event"] == "status"))
+    assert states[-2:] == ["done", "stopping"] or states[-1] == "done"
+    assert [o["value"] for o in objects if o.get("name") == "heard"] == [0.0, 0.0]
+    assert objects[-1]["event"] == "end"
+    assert objects[-1]["finished"] is True
+
+
+def test_it_ends_when_its_standard_input_is_closed(tmp_path: Path) -> None:
+    words = ["beats", "--peers", "2", "--set", "beats=400", "--json", "--until-eof"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "shoal", "peer", *words], cwd=tmp_path, env=environment(tmp_path),
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        assert process.stdin is not None
+        first = json.loads(process.stdout.readline())
+        assert first["event"] == "status"
+        process.stdin.close()
+        rest = [json.loads(line) for line in process.stdout]
+        code = process.wait(60)
+    assert code == 0
+    assert rest[-1]["event"] == "end"
+    assert rest[-1]["finished"] is False
