@@ -29,7 +29,8 @@ Seed = Annotated[int | None, typer.Option("--seed", help="First seed.")]
 Seeds = Annotated[int | None, typer.Option("--seeds", min=1, help="How many seeds.")]
 Peers = Annotated[int | None, typer.Option("--peers", min=1, help="How many peers.")]
 Engine = Annotated[
-    str | None, typer.Option("--engine", help="auto, event, lockstep or live.", metavar="ENGINE")
+    str | None,
+    typer.Option("--engine", help="auto, event, lockstep, live or processes.", metavar="ENGINE"),
 ]
 Device = Annotated[
     str | None,

@@ -73,7 +73,9 @@ class Arm:
     system: a catalogue name, None = the card's own; set: settings of what that system makes;
     scenario: changes to the scenario (dotted keys allowed); host: settings of the host strategy
     when the system is a part; prepare: a module-level function from the scenario of one seed to
-    another, for worlds that must be computed (a fault list that depends on the graph).
+    another, for worlds that must be computed (a fault list that depends on the graph). engine: what
+    this arm must run on, whatever the experiment says: "processes" for real processes that real
+    signals kill (see `lab.processes`).
     """
 
     system: str | None = None
@@ -81,6 +83,7 @@ class Arm:
     scenario: Mapping[str, Any] = field(default_factory=dict)
     host: Mapping[str, Any] = field(default_factory=dict)
     prepare: Callable[[Scenario], Scenario] | None = None
+    engine: str = ""
 
 
 @dataclass(frozen=True)

@@ -151,7 +151,7 @@ def cell_of(
     return Cell(
         name, seed, scenario, target, freeze(check_settings(card, settings)),
         freeze(check_settings(discover.load(card.host), host) if card.kind == "part" else {}),
-        engine,
+        arm.engine or engine,
     )  # fmt: skip
 
 
@@ -200,6 +200,10 @@ def check_settings(card: System, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def execute(cell: Cell, launcher: Launcher, progress: Progress | None = None) -> Run:
     """Run a cell: make the objects that it names and hand them to the launcher."""
+    if cell.engine == "processes":
+        from shoal.lab.processes import run_processes
+
+        return run_processes(cell, progress)
     made = make(cell)
     if isinstance(made, Run):
         return made
