@@ -122,7 +122,7 @@ class Trainer:
         peer, steps, group = self.peer, self.common.steps, self.group
         assert group is not None
         self.progress_s = peer.now()
-        labels = {"step": str(steps)}
+        labels = {"step": str(steps), "operation": str(group.committed)}
         peer.record("state", self.common.digest(), **labels)
         peer.record("members", group.world_size, **labels)
         if len(ballots):

@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import permutations
 from typing import Any
 
 import numpy as np
 
 from shoal.base import keyed
+from shoal.lab import discover
 from shoal.lab.build import build
 from shoal.lab.rows import Rows
+from shoal.lab.scenario import Part, Scenario
 from shoal.parts.collective.tour import Tour, link_cost, tour_cost
 
 FAR_TRIP_S = 0.13
 _RINGS = 100
+
+
+def three_regions(scenario: Scenario) -> Scenario:
+    """The wide area of this family in place of the scenario, with its number of connections."""
+    world = discover.scenario("collective.three_regions")
+    assert isinstance(scenario.links, Part)
+    connections = dict(scenario.links.settings)["connections"]
+    return replace(
+        world.with_settings({"links.connections": connections}), seed=scenario.seed,
+        engine=scenario.engine,
+    )  # fmt: skip
 
 
 def _rates(rows: Rows, arm: str, seed: int) -> np.ndarray:

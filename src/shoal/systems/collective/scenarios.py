@@ -44,4 +44,9 @@ SCENARIOS = {
     "three_regions": Scenario(
         name="collective.three_regions", peers=13, seconds=600.0, links=THREE_REGIONS
     ),
+    # 6 peers and the master as processes of one machine; 60 s at a step every 0.3 s.
+    "digits_processes": Scenario(
+        name="collective.digits_processes", peers=7, rounds=200, eval_every=20, eval_peers=2,
+        task={"name": "digits", "split": "iid", "holders": [1, 2, 3, 4, 5, 6]},
+    ),
 }  # fmt: skip
