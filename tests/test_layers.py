@@ -26,8 +26,12 @@ STRANGERS = {
 
 OUTSIDE_WORLD = {"asyncio", "random", "secrets", "selectors", "socket", "time"}
 ENGINES = ("event", "lockstep", "live")
-MAY_TOUCH_IT = ("engine.live", "cli", "base.stopwatch", "lab.bench.live", "lab.bench._bare")
-"""The benches of `live` time round trips where they are made, beside a protocol without Shoal."""
+MAY_TOUCH_IT = (
+    "engine.live", "cli", "base.stopwatch", "lab.bench.live", "lab.bench._bare",
+    "lab.bench._kademlia",
+)  # fmt: skip
+"""The benches of `live` time round trips where they are made, beside a protocol without Shoal or
+another package."""
 
 MAY_TELL_THE_DATE = ("lab.report",)
 """A report shows when it was made, and nothing else looks at that."""
