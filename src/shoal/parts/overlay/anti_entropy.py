@@ -117,6 +117,7 @@ class AntiEntropy:
         self._end_s = end_s
         self._group: TaskGroup | None = None
         self._last: TaskHandle | None = None
+        self._tasks: list[TaskHandle] = []
         self._pieces = self._durable = self._sent = 0
         self._fresh: list[bytes] = []
         self._answered: dict[PeerId, int] = {}
@@ -133,10 +134,15 @@ class AntiEntropy:
         return self.store.value(key, kind)
 
     def start(self, group: TaskGroup) -> None:
-        """Begin to exchange; the tasks end at `end_s`."""
+        """Begin to exchange; the tasks end at `end_s`, or with `stop`."""
         self._group = group
         for task in (self._exchange(), self._gossip(), self._take_have(), self._take_nodes()):
-            group.start(task)
+            self._tasks.append(group.start(task))
+
+    def stop(self) -> None:
+        """Exchange no more, so that the group can end."""
+        for task in self._tasks:
+            task.cancel()
 
     async def write(self, key: str, kind: type[V], delta: Callable[[V, Stamp], V]) -> Node:
         """Sign and keep `delta(value, stamp)`; returns when it is durable here.
