@@ -39,6 +39,8 @@ from shoal.parts.collective._wire import (
     Status,
     Vote,
     Word,
+    sealed,
+    sound,
 )
 from shoal.parts.collective.direct import Share, exchange, fits
 from shoal.parts.collective.quantised import Quantised
@@ -54,6 +56,8 @@ from shoal.wire.message import message
 
 T = TypeVar("T")
 _AT_ONCE = 4
+_PROBE_BYTES = 1 << 13
+_PROBE_S = 0.05
 
 
 @message
@@ -445,7 +449,7 @@ class Communicator:
             self._session, self._number, self.group, self._call_name, self._turn, self._detail,
             votes, leaving,
         )  # fmt: skip
-        await self.peer.send(self.master, status)
+        await self.peer.send(self.master, sealed(status))
 
     async def _beat(self) -> None:
         while self._lost is None:
@@ -460,6 +464,8 @@ class Communicator:
                 self._fail(MasterLost(f"no word from peer {self.master} (connect anew)"))
                 return
             ruling = envelope.message
+            if not sound(ruling):
+                continue
             if ruling.session != self._session or 0 < ruling.number <= self._heard:
                 continue
             if not ruling.known:
@@ -542,8 +548,18 @@ class Communicator:
     async def _probed(self, envelope: Envelope[Probe]) -> Content:
         return Content(torch.tensor([self.peer.now()], dtype=torch.float64, device="cpu"))
 
-    async def _rate(self, target: PeerId, size: int) -> float:
-        """Bit/s to a peer, by when an empty message and one right behind it came; 0 = no answer."""
+    async def _rate(self, target: PeerId, most: int) -> float:
+        """Bit/s to a peer; 0 = no answer. Probes grow until one takes long enough to be timed: on a
+        slow link a long one would hold up this peer's reports."""
+        size = min(_PROBE_BYTES, most)
+        while True:
+            took_s = await self._transfer_s(target, size)
+            if size >= most or not took_s < _PROBE_S:
+                return 8.0 * size / max(took_s, 1e-9)
+            size = min(2 * size, most)
+
+    async def _transfer_s(self, target: PeerId, size: int) -> float:
+        """How long after an empty message one right behind it came; infinity without an answer."""
         deadline = self.peer.now() + self._fetch_s
         loads = [torch.zeros(count, dtype=torch.uint8, device="cpu") for count in (0, size)]
         asked: list[TaskHandle] = []
@@ -554,9 +570,9 @@ class Communicator:
                     for load in loads
                 ]
         except PeerError:
-            return 0.0
+            return float("inf")
         first, last = (float(each.result().values[0]) for each in asked)
-        return 8.0 * size / max(last - first, 1e-9)
+        return last - first
 
 
 def _ended(word: Word | None) -> Word | None:

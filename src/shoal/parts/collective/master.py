@@ -40,6 +40,8 @@ from shoal.parts.collective._wire import (
     Status,
     Vote,
     Word,
+    sealed,
+    sound,
 )
 from shoal.parts.collective.shared_state import Election
 from shoal.parts.collective.tour import Tour, link_cost
@@ -90,14 +92,14 @@ class Master:
         while not state.over(peer.now()):
             envelope = await peer.recv(Status, deadline=tick_s)
             now = peer.now()
-            if envelope is not None:
+            if envelope is not None and sound(envelope.message):
                 state.heard(int(envelope.source), envelope.message, now)
             # A deadline is met to the nanosecond only.
             if envelope is None or now >= tick_s:
                 state.tick(now, now - tick_s)
                 tick_s = now + self.heartbeat_s
             for to, ruling in state.rulings():
-                await peer.send(PeerId(to), ruling)
+                await peer.send(PeerId(to), sealed(ruling))
 
 
 @dataclass
@@ -181,6 +183,7 @@ class State:
         elif status.session < member.status.session or status.number < member.status.number:
             return
         elif status.leaving:
+            member.status = status
             self._drop(source)
             self._settle()
             return
@@ -228,7 +231,7 @@ class State:
             self.order.remove(peer)
             self.epoch += 1
             self._forget_empty(member.status.group)
-            self._record("dropped", peer)
+            self._record("left" if member.status.leaving else "dropped", peer)
         self._strikes = {k: v for k, v in self._strikes.items() if peer not in k}
 
     def _forget_empty(self, group: int) -> None:
