@@ -19,7 +19,7 @@ from shoal.world.record import Run
 
 _CONDUCTOR = PeerId(1)
 _AT_ONCE = 4
-_WORK_S = 30.0
+_WORK_S = 120.0
 _LATE_S = 3600.0
 Security = Literal["noise", "none"]
 
@@ -121,11 +121,11 @@ def searched(nodes: int, keys: int, gets: int, security: Security) -> Run:
     """The run of a table of so many nodes in this process, over loopback TCP.
 
     Heartbeats are rarer than by default: with thousands of connections in one process they would be
-    a good part of its work.
+    a good part of its work. Connections stay as long as there are descriptors.
     """
     silence = Partition(who=tuple(range(0, nodes, 2)), at=Round(1), until=Round(2))
     settings = LiveSettings(
-        horizon_s=_LATE_S, security=security, heartbeat_s=20.0, dead_after_s=60.0
+        horizon_s=_LATE_S, security=security, heartbeat_s=20.0, dead_after_s=60.0, idle_s=600.0
     )
     return run_live(Table(keys, gets), Network(nodes, faults=(silence,)), settings=settings)
 
