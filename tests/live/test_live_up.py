@@ -49,6 +49,24 @@ def test_a_killed_peer_comes_back_from_its_store_until_its_restarts_are_used_up(
     assert not up.half_written()
 
 
+def test_a_peer_that_came_back_hears_the_others_and_is_heard(tmp_path: Path) -> None:
+    up = Upped(tmp_path, "3", "beats", "--set", "beats=60", "--restart")
+    try:
+        # Late enough for the store to hold all that there is to know of the others.
+        up.wait_for_round(12)
+        up.kill(1)
+        code = up.end()
+    finally:
+        up.close()
+    assert code == 0, up.told()
+    log = (up.run_folder() / "peer-1.log").read_text()
+    assert "running" in log.partition("rejoined")[0]
+    assert "knows 0 other" not in log.partition("killed by signal 9")[2], log
+    cell = up.report()
+    assert cell["finals"]["heard"] == [2.0, 2.0, 2.0]
+    assert max(value for _, _, value in cell["curves"]["stored"]) >= 0
+
+
 def test_the_others_end_the_run_without_a_peer_that_died(tmp_path: Path) -> None:
     up = Upped(tmp_path, "3", "beats", "--set", "beats=16", "--gone-s", "2")
     try:

@@ -89,7 +89,7 @@ class Circle:
         for peer in peers:
             self._heard_s[peer] = now
         if peers:
-            self.start(self._locate([p for p in peers if p != self.peer]))
+            self.start(self.locate([p for p in peers if p != self.peer]))
         if round > self.round:
             self.round = round
             if self.driver is not None:
@@ -232,8 +232,8 @@ class Circle:
 
         await asyncio.gather(*(one(peer) for peer in list(peers)))
 
-    async def _locate(self, peers: list[int]) -> None:
-        """Names of hosts become numbers before the transport sees them."""
+    async def locate(self, peers: list[int]) -> None:
+        """Let the transport know these: names of hosts become numbers before it sees them."""
         for peer in peers:
             # The key first: whoever has an address may be called.
             self.keys[peer] = self.book.records[peer].public

@@ -72,7 +72,13 @@ def join_live(
     [0.0]
     """
     check_faults(network.faults)
-    settings = settings or LiveSettings()
+    if network.nats:
+        raise UsageError(
+            f"join_live: {len(network.nats)} NAT boxes; they exist on the virtual network only (use "
+            "the event engine, or leave nats empty: real boxes are where the peers are)"
+        )
+    # Datagrams come and go where the peer listens.
+    settings = replace(settings or LiveSettings(), host=joining.listen[0])
     if joining.peer is not None and not 0 <= joining.peer < network.peers:
         raise UsageError(
             f"join_live: peer={joining.peer}; need 0 to {network.peers - 1} (None = a free one)"
@@ -242,6 +248,8 @@ class _Joined:
             if circle.stop.is_set():
                 return False
             circle.resume(stored)
+        # What the store knew and nobody changed since is no news, so nobody else would see to it.
+        await circle.locate(circle.others())
         circle.declare("here")
         if contacts:
             # Everybody must know this peer before it calls them, or they would turn it away.
