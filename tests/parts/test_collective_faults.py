@@ -70,7 +70,7 @@ class Counts:
                     break
                 except SyncFailed:
                     continue
-            self.log.append(("state", peer.id, state.revision, digest(state.tensors["sum"])))
+            self.log.append(("state", peer.id, group.committed, digest(state.tensors["sum"])))
 
 
 def complaint(log: list[Any]) -> str | None:
@@ -100,8 +100,9 @@ def complaint(log: list[Any]) -> str | None:
     for kind, _, *more in log:
         if kind == "state":
             states.setdefault(more[0], set()).add(more[1])
-    different = {revision for revision, found in states.items() if len(found) > 1}
-    return f"states of revisions {different} differ" if different else None
+    # By the operation before: who comes when all have gone begins a history of its own.
+    different = {number for number, found in states.items() if len(found) > 1}
+    return f"states after operations {different} differ" if different else None
 
 
 def _first(log: list[Any], number: int) -> int:
