@@ -67,7 +67,7 @@ class Pair:
         self, loop: asyncio.AbstractEventLoop, limits: Limits = DEFAULT, **more: Any
     ) -> None:
         self.owners = Owner(), Owner()
-        settings = LiveSettings(security="none", **more)
+        settings = LiveSettings(**{"security": "none", **more})
         self.peers = [Transport(loop, n, self.owners[n], limits, settings) for n in (0, 1)]
         self.addresses = {n: peer.bind() for n, peer in enumerate(self.peers)}
         self.addresses[2] = ("127.0.0.1", 9)
