@@ -272,3 +272,25 @@ def test_nat_boxes_are_part_of_a_scenario() -> None:
         world.with_settings({"nats": {"symetric": 1}})
     with pytest.raises(UsageError, match="there are 5 peers"):
         world.with_settings({"nats": {"symmetric": 4, "full cone": 3}})
+
+
+def test_nat_boxes_of_a_file_have_settings() -> None:
+    head = "peers = 4\nseconds = 1\n[nats]\nsymmetric = 2\n"
+    file = parse_toml(head + "public = 1\nlifetime_s = 30\nmessages = true", "world.toml")
+    world = Scenario.from_json(file.data, file.where)
+    again = Scenario.from_json(world.to_json())
+    assert again == world
+    assert again.digest() == world.digest()
+    boxes = network_of(again, build(again)).nats
+    assert [(box.name, box.lifetime_s, box.messages) for box in boxes] == [
+        ("symmetric", 30, True)
+    ] * 2
+    for wrong, place, says in (
+        ("lifetime_s = 0", 5, "need a positive number"),
+        ("messages = 1", 5, "true or false"),
+        ("public = 3", 3, "there are 4 peers"),
+        ("public = true", 5, "need 0 to 4 peers"),
+    ):
+        with pytest.raises(UsageError, match=says) as caught:
+            _read(head + wrong)
+        assert str(caught.value).startswith(f"world.toml:{place}:")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pickle
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 from traversal_programs import Cross, key
@@ -21,7 +20,7 @@ def main(peer: int, plan: Path, result: Path) -> None:
         listen=(hosts[peer], port), peer=peer, identity=key(peer),
         bootstrap=() if peer == 0 else ((hosts[0], port),),
     )  # fmt: skip
-    settings = replace(LiveSettings(horizon_s=program.until_s + 5.0), host=hosts[peer])
+    settings = LiveSettings(horizon_s=program.until_s + 5.0)
     run = join_live(program, Network(len(hosts)), joining, settings=settings)
     result.write_bytes(pickle.dumps((run.rows, run.dropped)))
 

@@ -10,6 +10,7 @@ import pytest
 from shoal.base.errors import UsageError
 from shoal.engine.event import simulate
 from shoal.engine.live import LiveSettings, run_live
+from shoal.engine.live.join import Joining, join_live
 from shoal.kernel.datagrams import Endpoint
 from shoal.wire.message import message
 from shoal.world.faults import Crash, Partition
@@ -115,3 +116,5 @@ def test_nat_boxes_are_refused_on_real_sockets() -> None:
     network = Network(2, nats=placed({"symmetric": 1}))
     with pytest.raises(UsageError, match="1 NAT boxes"):
         run_live(Echo(), network)
+    with pytest.raises(UsageError, match="1 NAT boxes"):
+        join_live(Echo(), network, Joining())

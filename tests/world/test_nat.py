@@ -140,3 +140,31 @@ def test_boxes_are_data() -> None:
 def test_what_makes_no_sense_is_refused(make, says: str) -> None:
     with pytest.raises(UsageError, match=says):
         make()
+
+
+def test_a_given_port_lets_everybody_in_until_it_is_taken_back() -> None:
+    box = NatBox((0,), PORT, PORT, lifetime_s=1.0, upnp=True)
+    table = NatTable(box, "198.18.9.9")
+    before = table.outbound(INSIDE[0], OUTSIDE[0], 0)
+    given_port = table.map_port(INSIDE[0])
+    assert given_port is not None
+    assert given_port == table.map_port(INSIDE[0]) != before
+    late = 100 * SECOND
+    assert {table.inbound(given_port, remote, late) for remote in OUTSIDE} == {INSIDE[0]}
+    # It answers from there, whatever its mapping would be; other ports are as before.
+    assert {table.outbound(INSIDE[0], remote, late) for remote in OUTSIDE} == {given_port}
+    assert len({table.outbound(INSIDE[1], remote, late) for remote in OUTSIDE}) == len(OUTSIDE)
+    table.unmap_port(INSIDE[0])
+    assert table.inbound(given_port, OUTSIDE[0], late) is None
+    assert table.outbound(INSIDE[0], OUTSIDE[0], late) != given_port
+    assert NatTable(NatBox((0,)), "198.18.9.9").map_port(INSIDE[0]) is None
+
+
+def test_a_full_box_keeps_the_ports_that_it_gave() -> None:
+    table = NatTable(NatBox((0,), PORT, PORT, lifetime_s=1.0, upnp=True), "198.18.9.9")
+    kept = table.map_port(INSIDE[0])
+    assert kept is not None
+    for second in range(2):
+        for port in range(40_000):
+            table.outbound(INSIDE[1], Endpoint("198.18.0.1", port), 2 * second * SECOND)
+    assert table.inbound(kept, OUTSIDE[0], 5 * SECOND) == INSIDE[0]

@@ -12,7 +12,7 @@ from shoal.base.digest import bytes_digest
 from shoal.base.errors import UsageError
 from shoal.lab.faults import FaultSetting, read_fault
 from shoal.lab.values import Path, Unfit, Where, fit, freeze, from_text, literal, near, refuse, thaw
-from shoal.world.nat import CLASSIC
+from shoal.world.nat import CLASSIC, PUBLIC, SETTINGS, NatBox, split
 
 # Scenario field -> role of the part that it takes (see `shoal.parts`); links and device are worlds.
 ROLES: Mapping[str, str] = {
@@ -80,7 +80,8 @@ class Scenario:
     what else is measured of the last mean model, such as "flatness" (parts of the role `measure`);
     byzantine: ids, or a count that is placed by key;
     nats: how many peers are behind a NAT box of each kind, the first ones, shuffled by key; the
-    others are public (see `shoal.world.nat`);
+    others are public; settings of all boxes, such as `messages`, stand beside the kinds (see
+    `shoal.world.nat`);
     task ... device: `Part(name, settings)`, a name, or a live object from Python. With a live
     object the scenario works but is no data any more: it has no JSON form and cannot be replayed.
 
@@ -108,7 +109,7 @@ class Scenario:
     byzantine: int | tuple[int, ...] = 0
     links: Any = None
     device: Any = None
-    nats: Mapping[str, int] | tuple[tuple[str, int], ...] = ()
+    nats: Mapping[str, Any] | tuple[tuple[str, Any], ...] = ()
     faults: tuple[FaultSetting, ...] = ()
     engine: EngineSettings = field(default_factory=EngineSettings)
 
@@ -287,13 +288,8 @@ def _problem(values: Mapping[str, Any]) -> tuple[Path, Any, str, str] | None:
             return ((name,), value, "need more than 0 seconds", f"raise {name}, or leave it out")
     if values["eval_every"] < 0:
         return (("eval_every",), values["eval_every"], "need 0 or more", "0 = only at the end")
-    for kind, count in dict(values["nats"]).items():
-        if kind not in CLASSIC:
-            return (("nats", kind), count, "there is no such NAT", near(kind, CLASSIC))
-        if not (isinstance(count, int) and 0 <= count <= peers):
-            return (("nats", kind), count, f"need 0 to {peers} peers", "lower it")
-    if sum(dict(values["nats"]).values()) > peers:
-        return (("nats",), dict(values["nats"]), f"there are {peers} peers", "raise peers")
+    if problem := _nat_problem(dict(values["nats"]), peers):
+        return problem
     count = values["eval_peers"]
     if count is not None and count < 1:
         return (("eval_peers",), count, "need at least 1", "leave it out to evaluate all")
@@ -307,6 +303,24 @@ def _problem(values: Mapping[str, Any]) -> tuple[Path, Any, str, str] | None:
         if any(not 0 <= peer < peers for peer in fault.who or ()):
             rule = f"need ids from 0 to {peers - 1}"
             return (("faults", index, "who"), fault.who, rule, "name other peers, or raise peers")
+    return None
+
+
+def _nat_problem(nats: dict[str, Any], peers: int) -> tuple[Path, Any, str, str] | None:
+    counts, settings = split(nats)
+    for name, value in settings.items():
+        try:
+            NatBox((0,), **{name: fit(value, SETTINGS[name])})
+        except (Unfit, UsageError) as error:
+            return (("nats", name), value, str(error), "change the value")
+    for kind, count in counts.items():
+        if kind not in (PUBLIC, *CLASSIC):
+            repair = near(kind, [PUBLIC, *CLASSIC, *SETTINGS])
+            return (("nats", kind), count, "there is no such NAT", repair)
+        if isinstance(count, bool) or not (isinstance(count, int) and 0 <= count <= peers):
+            return (("nats", kind), count, f"need 0 to {peers} peers", "lower it")
+    if sum(counts.values()) > peers:
+        return (("nats",), nats, f"there are {peers} peers", "raise peers")
     return None
 
 

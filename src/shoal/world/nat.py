@@ -133,19 +133,38 @@ def check(boxes: Iterable[NatBox], peers: int) -> tuple[NatBox, ...]:
     return boxes
 
 
-def placed(quotas: Mapping[str, int], seed: int = 0, **more: Any) -> tuple[NatBox, ...]:
+def placed(quotas: Mapping[str, Any], seed: int = 0, **more: Any) -> tuple[NatBox, ...]:
     """One box per peer, of exactly these numbers of each kind, placed by key.
 
-    The quotas cover the peers 0, 1, ... as many as they add up to; "public" ones get no box.
+    The quotas cover the peers 0, 1, ... as many as they add up to; "public" ones get no box. What
+    is no kind is a setting of all boxes, such as `lifetime_s`, and so is `more`.
 
     >>> boxes = placed({"public": 1, "symmetric": 2, "full cone": 1}, seed=4)
     >>> sorted(box.name for box in boxes)
     ['full cone', 'symmetric', 'symmetric']
     """
-    kinds = [kind for kind, number in quotas.items() for _ in range(number)]
+    counts, settings = split(quotas)
+    kinds = [kind for kind, number in counts.items() for _ in range(number)]
     order = sorted(range(len(kinds)), key=lambda peer: (keyed.uniform(seed, "nat", peer), peer))
     given = sorted(zip(order, kinds, strict=True))
+    more = settings | more
     return tuple(NatBox.classic(k, who=(peer,), **more) for peer, k in given if k != PUBLIC)
+
+
+SETTINGS: Mapping[str, type] = {
+    "lifetime_s": float, "hairpin": bool, "upnp": bool, "messages": bool
+}  # fmt: skip
+"""What a box of a classic kind can be told, and its type."""
+
+
+def split(quotas: Mapping[str, Any]) -> tuple[dict[str, int], dict[str, Any]]:
+    """Numbers by kind, and settings of the boxes.
+
+    >>> split({"symmetric": 2, "messages": True})
+    ({'symmetric': 2}, {'messages': True})
+    """
+    settings = {name: value for name, value in quotas.items() if name in SETTINGS}
+    return {k: v for k, v in quotas.items() if k not in SETTINGS}, settings
 
 
 class _Mapping:
