@@ -194,7 +194,7 @@ def test_a_block_with_a_flipped_bit_is_refused_and_its_sender_banned() -> None:
             return
 
         async def flips(envelope: Any) -> Have:
-            answer = await exchange._on_want(envelope)
+            answer = await exchange.answer(envelope)
             data = bytearray(answer.block.content)
             if envelope.message.place >= 0 and data:
                 data[7] ^= 4

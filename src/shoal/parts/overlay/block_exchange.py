@@ -107,7 +107,7 @@ class Exchange:
     def start(self, group: TaskGroup) -> None:
         """Answer other peers, while the program that owns the group runs."""
         self.group = group
-        self.peer.serve(Want, self._on_want)
+        self.peer.serve(Want, self.answer)
 
     async def fetch(
         self, root: Cid, *, deadline: float, sources: Collection[PeerId] = ()
@@ -163,7 +163,8 @@ class Exchange:
             if peer in known and peer != self.peer.id and len(dealers) < _MOST_SOURCES:
                 dealers[PeerId(peer)] = None
 
-    async def _on_want(self, envelope: Envelope[Want]) -> Have:
+    async def answer(self, envelope: Envelope[Want]) -> Have:
+        """What a peer that asks is told."""
         want, source = envelope.message, envelope.source
         root = Cid.unpack(want.root)
         manifest = self.blocks.manifest(root)

@@ -1,0 +1,1 @@
+"""Fabrics between peers: reaching each other, finding things, keeping state equal."""
