@@ -425,7 +425,8 @@ class Incoming:
         elif now_s - self._heard_s > settings.dead_after_s:
             self._cut_off(f"silent for {settings.dead_after_s} s")
             return
-        begun = partial or receiver.cutter.partial
+        # What waits in line here is not the caller's fault.
+        begun = (partial or receiver.cutter.partial) and not self._pool.turns.waits(self)
         if not begun or progress - self._mark_bytes >= _STALL_BYTES_PER_S * settings.stall_s:
             self._mark_bytes, self._mark_s = progress, now_s
         elif now_s - self._mark_s > settings.stall_s:
