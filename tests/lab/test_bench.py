@@ -69,7 +69,7 @@ def test_naming_benches_loads_no_torch() -> None:
     "name",
     [
         pytest.param(n, marks=(pytest.mark.slow, pytest.mark.timeout(300)))
-        if n in ("scale", "collective")
+        if n in ("scale", "collective", "live")
         else n
         for n in bench.names()
     ],
