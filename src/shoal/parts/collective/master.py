@@ -48,6 +48,7 @@ from shoal.parts.collective.tour import Tour, link_cost
 
 _AVOID = 1e6
 _PATIENCE = 6.0
+_OWN_PATIENCE = 3.0
 _FORGET = 0.05
 _STRIKES = 3
 
@@ -155,6 +156,7 @@ class State:
         self._elections: dict[int, Election] = {}
         self._last_s = now_s
         self._met = False
+        self._late_s = 0.0
         self._now_s = now_s
 
     # What happens.
@@ -198,9 +200,13 @@ class State:
     def tick(self, now_s: float, late_s: float) -> None:
         """Look at the time. `late_s`: how long this look was overdue."""
         self._now_s = now_s
+        self._late_s = max(late_s, (1.0 - _FORGET) * self._late_s)
         for peer, member in list(self.members.items()):
             member.heard_s += max(0.0, late_s)
-            patience_s = self._settings.timeout_s + _PATIENCE * member.late_s
+            # A machine that runs the master late may run the peers late as well.
+            patience_s = self._settings.timeout_s + max(
+                _PATIENCE * member.late_s, _OWN_PATIENCE * self._late_s
+            )
             if now_s - member.heard_s > patience_s:
                 self._drop(peer)
         self._give_up_stalled()
