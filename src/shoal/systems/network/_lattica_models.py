@@ -224,9 +224,10 @@ async def _follow(peer: Peer, node: Node) -> None:
                 peer.record("params", model(number))
             await node.publish("model", packed(number), deadline=peer.now() + 2.0)
         return
-    while (cid := await node.newer("model", seen, deadline=QUIET_S - 0.5)) is not None:
+    end_s = QUIET_S - 0.5
+    while peer.now() < end_s and (cid := await node.newer("model", seen, deadline=end_s)):
         try:
-            blob = await node.get(cid, deadline=min(peer.now() + 6.0, QUIET_S - 0.5))
+            blob = await node.get(cid, deadline=min(peer.now() + 6.0, end_s))
         except PeerError as error:
             peer.record("unfetched", 1.0, error=type(error).__name__)
             await peer.sleep_until(peer.now() + 0.2)
