@@ -136,7 +136,8 @@ def cases(round_s: float) -> dict[str, tuple[Fault, ...]]:
         "join": (Join(who=(3,), at=after(2)),),
         "leave": (Leave(who=(0,), at=after(3), grace_s=0.02),),
         "slow": (Slow(who=(1,), at=after(1), until=after(4), factor=5.0),),
-        "skew": (Skew(who=(2,), at=after(2), until=after(5), offset_s=round_s / 10, drift=0.01),),
+        # Less than what counts as late: ticks see a clock that jumps as well.
+        "skew": (Skew(who=(2,), at=after(2), until=after(5), offset_s=round_s / 25, drift=0.01),),
         "corrupt": (Corrupt(who=(0,), at=after(1), probability=0.5),),
         "much": (
             Partition(who=(0,), at=after(1), until=after(2)),
@@ -148,6 +149,8 @@ def cases(round_s: float) -> dict[str, tuple[Fault, ...]]:
 
 
 CASES = tuple(cases(1.0))
+SPREAD = ("crash, lost", "two crashes", "one way", "much")
+"""Cases that are run in two processes, too: each keeps its own time, and hears of rounds."""
 
 
 @dataclass(frozen=True)
@@ -163,11 +166,13 @@ class Pair:
         return 0.3 * self.round_s
 
 
-def pair(name: str) -> Pair:
+def pair(name: str, processes: int = 1) -> Pair:
     for round_s in TRIED_S:
         program = Beats(round_s)
         network = Network(PEERS, links=Links(latency_s=0.001), faults=cases(round_s)[name])
-        live = run_live(program, network, seed=3, settings=LiveSettings(horizon_s=60.0))
+        live = run_live(
+            program, network, seed=3, processes=processes, settings=LiveSettings(horizon_s=60.0)
+        )
         late_s = max((row.value for row in live.series("late")), default=0.0)
         if late_s < round_s / 10:
             twin = simulate(program, network, seed=3, settings=EventSettings(batching="off"))
@@ -180,6 +185,12 @@ def pairs() -> dict[str, Pair]:
     """All cases; live runs mostly wait, so several at a time."""
     with ThreadPoolExecutor(6) as pool:
         return dict(zip(CASES, pool.map(pair, CASES), strict=True))
+
+
+@pytest.fixture(scope="module")
+def spread_pairs() -> dict[str, Pair]:
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(SPREAD, pool.map(lambda name: pair(name, 2), SPREAD), strict=True))
 
 
 def rows(run: Run, name: str) -> dict[tuple[Any, ...], list[float]]:
@@ -198,7 +209,18 @@ def test_every_kind_of_fault_has_a_case() -> None:
 def test_the_same_messages_arrive_and_others_are_lost_for_the_same_reason(
     pairs: dict[str, Pair], name: str
 ) -> None:
-    twin, live = pairs[name].twin, pairs[name].live
+    assert_same(pairs[name])
+    assert bool(pairs[name].live.dropped) == (name not in ("nothing", "hold", "slow", "skew"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SPREAD)
+def test_faults_mean_the_same_in_two_processes(spread_pairs: dict[str, Pair], name: str) -> None:
+    assert_same(spread_pairs[name])
+
+
+def assert_same(found: Pair) -> None:
+    twin, live = found.twin, found.live
     assert rows(live, "heard") == rows(twin, "heard")
     assert rows(live, "stored") == rows(twin, "stored")
     assert live.dropped == twin.dropped
@@ -206,7 +228,6 @@ def test_the_same_messages_arrive_and_others_are_lost_for_the_same_reason(
     assert live.messages_delivered == twin.messages_delivered
     assert live.bytes_sent == twin.bytes_sent
     assert live.bytes_received == twin.bytes_received
-    assert bool(live.dropped) == (name not in ("nothing", "hold", "slow", "skew"))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -237,7 +258,7 @@ def test_messages_are_as_old_on_arrival(pairs: dict[str, Pair], name: str) -> No
             min(ages) for (peer, round, _), ages in live.items() if peer == 2 and 1 < round < 5
         ]
         assert len(ahead) == 3 * (PEERS - 1)
-        assert min(ahead) >= 0.1 * found.round_s
+        assert min(ahead) >= 0.04 * found.round_s
 
 
 def test_slow_peers_take_as_much_longer(pairs: dict[str, Pair]) -> None:
