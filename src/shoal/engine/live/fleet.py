@@ -40,16 +40,18 @@ class FleetSettings:
 
     restarts: how often each peer that died is started again, from its store. backoff_s: the pause
     before that, doubled with every death of the same peer up to backoff_most_s. stop_s: how long
-    they may take to end when told to; then they are killed.
+    they may take to end when told to; then they are killed. alone_s: how long a peer may go on when
+    the run is over for another one: whoever comes back too late would wait for all the others.
     """
 
     restarts: int = 0
     backoff_s: float = 0.5
     backoff_most_s: float = 30.0
     stop_s: float = 15.0
+    alone_s: float = 30.0
 
     def __post_init__(self) -> None:
-        check_positive("FleetSettings", self, "backoff_s", "backoff_most_s", "stop_s")
+        check_positive("FleetSettings", self, "backoff_s", "backoff_most_s", "stop_s", "alone_s")
         if self.restarts < 0:
             raise UsageError(f"FleetSettings: restarts={self.restarts}; need 0 or more")
 
@@ -191,6 +193,7 @@ class Fleet:
         self._events: list[Event] = []
         self._start_s = 0.0
         self._stop_by_s: float | None = None
+        self._over_s: float | None = None
 
     @property
     def round(self) -> int:
@@ -264,6 +267,8 @@ class Fleet:
         for post in self.posts:
             if post.state == "pausing" and now >= post.resume_s:
                 self._restart(post)
+        if self._over_s is not None and now >= self._over_s + self.settings.alone_s:
+            self.stop()
         if self._stop_by_s is not None and now >= self._stop_by_s:
             for process in self._processes.values():
                 process.kill()
@@ -300,6 +305,9 @@ class Fleet:
         code = self._processes.pop(post.peer).bury(self.settings.stop_s)
         if code == 0:
             post.state = "ended"
+            run = post.lives[-1].run
+            if self._over_s is None and run is not None and run.finished:
+                self._over_s = monotonic()
             self._events.append(Event("ended", post, ""))
             return
         killed = code < 0
