@@ -84,7 +84,8 @@ class Call:
             return
         self._began_s = self._pool.attention.now_s
         self._timer = self._loop.call_later(transport.settings.handshake_s, self._late)
-        self._loop.add_writer(sock, self._turn(self._connected))
+        # By number: the loop would write out a socket in full whenever it is not watched yet.
+        self._loop.add_writer(sock.fileno(), self._turn(self._connected))
 
     def close(self) -> None:
         """Forget the connection; what it had of the flow goes back."""
@@ -93,8 +94,8 @@ class Call:
             self._timer = None
         self._pool.settled(self)
         if self._socket is not None:
-            self._loop.remove_reader(self._socket)
-            self._loop.remove_writer(self._socket)
+            self._loop.remove_reader(self._socket.fileno())
+            self._loop.remove_writer(self._socket.fileno())
             reset(self._socket)
             self._socket = None
             self._pool.gave()
@@ -140,7 +141,7 @@ class Call:
     def _connected(self) -> None:
         sock, outgoing = self._socket, self._outgoing
         assert sock is not None
-        self._loop.remove_writer(sock)
+        self._loop.remove_writer(sock.fileno())
         if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
             outgoing.fail("dead")
             return
@@ -156,7 +157,7 @@ class Call:
         except OSError:
             outgoing.fail("dead")
             return
-        self._loop.add_reader(sock, self._turn(self._readable))
+        self._loop.add_reader(sock.fileno(), self._turn(self._readable))
 
     # Reading.
 
@@ -303,9 +304,9 @@ class Call:
         if wants != self._watched:
             self._watched = wants
             if wants:
-                self._loop.add_writer(sock, self._turn(self._writable))
+                self._loop.add_writer(sock.fileno(), self._turn(self._writable))
             else:
-                self._loop.remove_writer(sock)
+                self._loop.remove_writer(sock.fileno())
 
     def _write_sealed(self, sock: socket.socket, session: Session) -> int:
         """Write the rest of what was sealed, or else seal and write more; how many bytes went."""

@@ -87,14 +87,14 @@ class Incoming:
         connection.setblocking(False)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._timer = self._loop.call_later(transport.settings.handshake_s, self._late)
-        self._loop.add_reader(connection, self._readable)
+        self._loop.add_reader(connection.fileno(), self._readable)
 
     def close(self, abrupt: bool = False) -> None:
         if self._socket is None:
             return
         self._timer.cancel()
-        self._loop.remove_reader(self._socket)
-        self._loop.remove_writer(self._socket)
+        self._loop.remove_reader(self._socket.fileno())
+        self._loop.remove_writer(self._socket.fileno())
         if abrupt:
             reset(self._socket)
         else:
@@ -191,7 +191,7 @@ class Incoming:
         connection, self._socket = self._socket, None
         assert connection is not None
         self._timer.cancel()
-        self._loop.remove_reader(connection)
+        self._loop.remove_reader(connection.fileno())
         self._pool.gave()
         self._pool.forget(self)
         self._transport.strangers.discard(self)
@@ -409,9 +409,9 @@ class Incoming:
         if bool(unsent or self._sealed) != self._watched:
             self._watched = not self._watched
             if self._watched:
-                self._loop.add_writer(sock, self._write)
+                self._loop.add_writer(sock.fileno(), self._write)
             else:
-                self._loop.remove_writer(sock)
+                self._loop.remove_writer(sock.fileno())
 
     def sweep(self, now_s: float, partial: bool) -> None:
         """Cut off a caller that is silent, or that does not go on with what it began."""
