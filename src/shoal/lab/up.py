@@ -50,6 +50,15 @@ class Up:
     settings: how processes are kept up. start_s, gone_s: see `Joining`.
 
     Assumes that a process can import all that the cell names; a cell with live objects is refused.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> from shoal.lab.scenario import Scenario
+    >>> world = Scenario(peers=2, rounds=4, task="digits", topology="full")
+    >>> cell = Cell("dpsgd", 0, world, system="dpsgd", engine="live")
+    >>> with TemporaryDirectory() as folder:
+    ...     up = Up(cell, 2, Path(folder) / "run")  # up.run() starts the processes.
+    >>> [post.state for post in up.fleet.posts], up.invitation.split()[:2]
+    (['starting', 'starting'], ['shoal', 'peer'])
     """
 
     def __init__(
