@@ -34,22 +34,22 @@ _local = threading.local()
 class Session:
     """Seals what goes out and opens what comes in; the two directions are independent.
 
-        Sessions of one thread may share the memory that `seal` and `space` work in: what must outlive
-        a call is kept here, or is the caller's to copy.
+    Sessions of one thread may share the memory that `seal` and `space` work in: what must outlive
+    a call is kept here, or is the caller's to copy.
 
-        >>> from shoal.wire.mux import Cutter
-    from shoal.wire.noise import CipherState
-        >>> def end(sends, receives):
-        ...     keys = (CipherState("AESGCM", bytes(31) + byte) for byte in (sends, receives))
-        ...     return Session(*keys)
-        >>> here, there = end(b"1", b"2"), end(b"2", b"1")
-        >>> memory = memoryview(bytearray(SCRATCH_BYTES))
-        >>> sealed, taken = here.seal([b"some", b"thing"], memory)
-        >>> len(sealed), taken
-        (29, 9)
-        >>> there.came(len(sealed), memory)
-        >>> bytes(there.open(there.record()))
-        b'something'
+    >>> from shoal.wire.mux import Cutter
+    >>> from shoal.wire.noise import CipherState
+    >>> def end(sends, receives):
+    ...     keys = (CipherState("AESGCM", bytes(31) + byte) for byte in (sends, receives))
+    ...     return Session(*keys)
+    >>> here, there = end(b"1", b"2"), end(b"2", b"1")
+    >>> memory = memoryview(bytearray(SCRATCH_BYTES))
+    >>> sealed, taken = here.seal([b"some", b"thing"], memory)
+    >>> len(sealed), taken
+    (29, 9)
+    >>> there.came(len(sealed), memory)
+    >>> bytes(there.open(there.record()))
+    b'something'
     """
 
     __slots__ = ("_borrowed", "_receives", "_sealed", "_sends")
