@@ -27,6 +27,7 @@ from shoal.wire import codec
 from shoal.wire.handshake import Trust
 from shoal.wire.identity import Identity
 from shoal.wire.message import message
+from shoal.world.faults import Crash
 from shoal.world.links import Links
 from shoal.world.nat import NatBox
 from shoal.world.network import Network
@@ -320,3 +321,68 @@ class Telling(Meet):
             for number, size in enumerate(self.sizes):
                 peer.record("asked", await asked(peer, other, number, size))
         await peer.sleep_until(self.until_s)
+
+
+@dataclass(frozen=True)
+class Stubborn(Meet):
+    """Peer 1 asks peer 2 through the relay twice a second, whatever happens."""
+
+    async def run(self, peer: Any) -> None:
+        peer.serve(Question, doubles)
+        if peer.id == 0:
+            peer.paths.serve(self.limits)
+        else:
+            await peer.paths.reserve(PeerId(0), deadline=peer.now() + 3.0)
+            peer.paths.through(PeerId(3 - peer.id), PeerId(0))
+        while peer.now() < self.until_s:
+            if peer.id == 1:
+                began_s = peer.now()
+                peer.record("asked", await asked(peer, 2, 0, wait_s=1.0), at=f"{began_s:.2f}")
+            await peer.sleep_until(peer.now() + 0.5)
+
+
+@pytest.mark.parametrize("who", [0, 2])
+def test_who_comes_back_is_found_again(who: int) -> None:
+    """The relay, or the peer that is called: reservations and lines are made anew."""
+    network = Network(3, faults=(Crash(who=(who,), at=3.0, until=4.5),))
+    run = run_live(Stubborn(until_s=14.0), network, settings=SETTINGS)
+    rows = [(float(dict(row.labels)["at"]), row.value) for row in run.series("asked")]
+    assert any(value for at_s, value in rows if at_s < 3.0)
+    assert not any(value for at_s, value in rows if 3.1 < at_s < 4.0)
+    assert all(value for at_s, value in rows if at_s > 11.0), (rows, why(run))
+
+
+@dataclass(frozen=True)
+class Broken(Meet):
+    """A direct line breaks: the next question takes the relay."""
+
+    async def run(self, peer: Any) -> None:
+        peer.serve(Question, doubles)
+        if peer.id == 0:
+            peer.paths.serve(self.limits)
+            await peer.sleep_until(self.until_s)
+            return
+        other, socket = PeerId(3 - peer.id), peer.datagrams.open()
+        assert await peer.paths.reserve(PeerId(0), deadline=3.0)
+        await peer.sleep_until(1.0)
+        peer.paths.through(other, PeerId(0))
+        await peer.send(other, At(*socket.local))
+        told = await peer.recv(At, deadline=4.0)
+        place = Endpoint(told.message.host, told.message.port)
+        assert await peer.paths.punch(other, socket, place, deadline=6.0)
+        lines = peer.host.transports[peer.id].lines
+        if peer.id == 1:
+            peer.record("asked", await asked(peer, other, 1))
+            before = lines._lines[other]
+            before.close()
+            await peer.sleep_until(peer.now() + 0.3)
+            peer.record("direct", peer.paths.direct(other))
+            peer.record("asked", await asked(peer, other, 2))
+            peer.record("relayed", not lines._lines[other].direct)
+        await peer.sleep_until(self.until_s)
+
+
+def test_when_a_direct_line_breaks_messages_take_the_relay_again() -> None:
+    run = run_live(Broken(until_s=9.0), Network(3), settings=SETTINGS)
+    assert values(run, "asked") == [1.0, 1.0]
+    assert (values(run, "direct"), values(run, "relayed")) == ([0.0], [1.0])

@@ -10,6 +10,7 @@ import socket
 from typing import TYPE_CHECKING
 
 from shoal.base.errors import UsageError
+from shoal.engine.live.line import shared
 from shoal.kernel.datagrams import HEADER_BYTES, Datagram, Endpoint, Socket
 from shoal.wire.message import message_key
 
@@ -19,6 +20,29 @@ if TYPE_CHECKING:
 _READS = 64
 """Datagrams taken from one socket before the others get their turn."""
 _MOST_BYTES = 65536
+_ATTEMPTS = 16
+
+
+def _pair(host: str, port: int) -> tuple[socket.socket, socket.socket | None]:
+    """A port for datagrams, and the same one held for connections (`Paths.punch`).
+
+    A port that was asked for is had without the other one, if that is taken.
+    """
+    for _ in range(_ATTEMPTS):
+        udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        try:
+            udp.setblocking(False)
+            udp.bind((host, port))
+        except BaseException:
+            udp.close()
+            raise
+        try:
+            return udp, shared(host, udp.getsockname()[1])
+        except OSError:
+            if port:
+                return udp, None
+            udp.close()
+    raise OSError(f"{_ATTEMPTS} free ports were taken for connections")
 
 
 class Datagrams:
@@ -27,22 +51,22 @@ class Datagrams:
     def __init__(self, driver: Driver) -> None:
         self._driver = driver
         self._udp: dict[Socket, socket.socket] = {}
+        self._held: dict[Socket, socket.socket] = {}
         self._peers: dict[Endpoint, int] = {}
 
     def bind(self, opened: Socket, port: int) -> Endpoint:
         """Open a port; it is read from the next turn of the loop on."""
         driver = self._driver
-        udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         try:
-            udp.setblocking(False)
-            udp.bind((driver.plan.settings.host, port))
+            udp, held = _pair(driver.plan.settings.host, port)
         except OSError as error:
-            udp.close()
             raise UsageError(
                 f"datagrams.open: port {port} cannot be had: {error} (use port=0)"
             ) from error
         local = Endpoint(*udp.getsockname()[:2])
         self._udp[opened] = udp
+        if held is not None:
+            self._held[opened] = held
         self._peers[local] = opened.runtime.id
         driver.loop.add_reader(udp, self._read, opened, udp)
         return local
@@ -71,6 +95,8 @@ class Datagrams:
 
     def unbind(self, opened: Socket) -> None:
         udp = self._udp.pop(opened)
+        if (held := self._held.pop(opened, None)) is not None:
+            held.close()
         self._peers.pop(opened.local, None)
         self._driver.loop.remove_reader(udp)
         udp.close()

@@ -116,6 +116,8 @@ class Driver:
             await self._linger()
         finally:
             self._close()
+        for transport in self.transports.values():
+            await transport.lines.ended()
         self._report(control.Done(self._outcome(watch)))
 
     def _keys(self) -> dict[int, bytes]:

@@ -48,6 +48,21 @@ def tuned(sock: socket.socket) -> socket.socket:
     return sock
 
 
+def shared(host: str, port: int) -> socket.socket:
+    """A socket bound to a port that others of this process may use as well."""
+    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        sock.setblocking(False)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if hasattr(socket, "SO_REUSEPORT"):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        sock.bind((host, port))
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
 class Line:
     """`run` reads until the end; `carry` takes a local connection through it.
 

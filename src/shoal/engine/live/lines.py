@@ -17,7 +17,7 @@ from shoal.base.errors import HandshakeError
 from shoal.engine.live import introduction
 from shoal.engine.live.control import Address
 from shoal.engine.live.introduction import ANSWER, CALL, ERRORS, LINE, RESERVE, Called, Ring
-from shoal.engine.live.line import Line, Pipe, tuned
+from shoal.engine.live.line import Line, Pipe, shared, tuned
 from shoal.engine.live.switchboard import Switchboard
 from shoal.kernel.paths import RelayLimits
 from shoal.kernel.waits import Wait
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from shoal.engine.live.transport import Transport
 
 _AGAIN_S = 0.2
+_LOOK_S = 0.005
 _PAUSE_S = 1.0
 _LONGEST_PAUSE_S = 30.0
 _LEAVES = 3
@@ -69,6 +70,13 @@ class Lines:
         self._reserved.clear()
         self._left.clear()
         self._transport.detours.clear()
+
+    async def ended(self) -> None:
+        """After `close`: nothing of it is left in the loop."""
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        # Connections that were cut are closed in the next turns.
+        for _ in range(3):
+            await asyncio.sleep(0)
 
     # What a program asks for.
 
@@ -343,42 +351,53 @@ class Lines:
 
     async def _punch(self, to: int, port: int, place: Address, wait: Wait) -> None:
         found: asyncio.Queue[socket.socket] = asyncio.Queue()
+        taken: list[Pipe] = []
         dialling = [
             self._start(self._dial(port, place, wait, found)),
             self._start(self._listen_at(port, wait, found)),
         ]
         try:
             while not wait.done:
-                try:
-                    connection = await asyncio.wait_for(found.get(), _AGAIN_S)
-                except TimeoutError:
-                    continue
-                pipe = await _pipe(tuned(connection))
-                if await self._agreed(pipe, to):
-                    opener = min(self._transport.peer, to)
-                    self._start(self._run(to, Line(pipe, opener, True, self._inlet)))
-                    await asyncio.sleep(0)
-                    self._resolve(wait)
-                    return
-                pipe[1].transport.abort()
+                # One that leads nowhere must not keep this from another that does.
+                while not found.empty():
+                    self._start(self._try(to, found.get_nowait(), wait, taken))
+                await asyncio.sleep(_LOOK_S)
         finally:
             for task in dialling:
                 task.cancel()
             while not found.empty():
                 found.get_nowait().close()
 
-    async def _agreed(self, pipe: Pipe, to: int) -> bool:
-        """Whether the peer that was meant is at the other end; the one with the lower id calls."""
+    async def _try(
+        self, to: int, connection: socket.socket, wait: Wait, taken: list[Pipe]
+    ) -> None:  # fmt: skip
+        pipe = await _pipe(tuned(connection))
+        if not await self._agreed(pipe, to, wait, taken):
+            pipe[1].transport.abort()
+            return
+        opener = min(self._transport.peer, to)
+        self._start(self._run(to, Line(pipe, opener, True, self._inlet)))
+        await asyncio.sleep(0)
+        self._resolve(wait)
+
+    async def _agreed(self, pipe: Pipe, to: int, wait: Wait, taken: list[Pipe]) -> bool:
+        """Whether the peer that was meant is at the other end, and takes this connection.
+
+        The one with the lower id calls; the other one says yes to one connection only.
+        """
         try:
             async with asyncio.timeout(self._transport.settings.handshake_s):
                 if self._transport.peer < to:
                     await introduction.call(self._transport, pipe, to, LINE)
-                else:
-                    called = await introduction.called(self._transport, pipe)
-                    if called.intro.source != to or called.intro.what != LINE:
-                        return False
-                    await called.answer(True)
+                    return True
+                called = await introduction.called(self._transport, pipe)
+                if called.intro.source != to or called.intro.what != LINE or taken or wait.done:
+                    return False
+                taken.append(pipe)
+                await called.answer(True)
         except ERRORS:
+            if pipe in taken:
+                taken.remove(pipe)
             return False
         return True
 
@@ -386,29 +405,27 @@ class Lines:
         self, port: int, place: Address, wait: Wait, found: asyncio.Queue[socket.socket]
     ) -> None:
         """Ask for a connection again and again; a firewall may answer with a refusal."""
-        loop = self._transport.loop
         while not wait.done:
-            sock = _shared(self._transport.settings.host, port)
-            try:
-                await loop.sock_connect(sock, place)
-            except OSError:
-                sock.close()
-            except BaseException:
-                sock.close()
-                raise
-            else:
+            with suppress(OSError):
+                sock = shared(self._transport.settings.host, port)
+                try:
+                    await self._transport.loop.sock_connect(sock, place)
+                except BaseException:
+                    sock.close()
+                    raise
                 found.put_nowait(sock)
                 return
             await asyncio.sleep(_AGAIN_S)
 
     async def _listen_at(self, port: int, wait: Wait, found: asyncio.Queue[socket.socket]) -> None:
         """Take who comes to the port while both dial: one side may be a little earlier."""
-        with _shared(self._transport.settings.host, port) as sock:
-            sock.listen(8)
-            while not wait.done:
-                with suppress(OSError):
+        while not wait.done:
+            with suppress(OSError), shared(self._transport.settings.host, port) as sock:
+                sock.listen(8)
+                while not wait.done:
                     connection, _ = await self._transport.loop.sock_accept(sock)
                     found.put_nowait(connection)
+            await asyncio.sleep(_AGAIN_S)
 
     # Both.
 
@@ -426,18 +443,3 @@ class Lines:
 async def _pipe(connection: socket.socket) -> Pipe:
     connection.setblocking(False)
     return await asyncio.open_connection(sock=connection)
-
-
-def _shared(host: str, port: int) -> socket.socket:
-    """A socket on a port that others of this peer use, too."""
-    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
-    try:
-        sock.setblocking(False)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if hasattr(socket, "SO_REUSEPORT"):
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-        sock.bind((host, port))
-    except BaseException:
-        sock.close()
-        raise
-    return sock
