@@ -20,18 +20,17 @@ if TYPE_CHECKING:
     from shoal.engine.live.driver import Driver
 
 
-def _check_size(kind: str, size: int, head: int, limits: Limits) -> None:
-    """Refuse what a receiver would refuse, where somebody can repair it."""
+def _too_large(kind: str, size: int, head: int, limits: Limits) -> MessageTooLarge:
+    """What a receiver would refuse is refused where somebody can repair it."""
     if size > limits.frame_bytes:
-        raise MessageTooLarge(
+        return MessageTooLarge(
             f"send: {kind} of {size} bytes; limit {limits.frame_bytes} (split it, or raise "
             "Limits.frame_bytes)"
         )
-    if head - codec.PREFIX.size > limits.header_bytes:
-        raise MessageTooLarge(
-            f"send: {kind} has {head - codec.PREFIX.size} bytes outside of tensors; limit "
-            f"{limits.header_bytes} (put bulk data into tensors or Packed)"
-        )
+    return MessageTooLarge(
+        f"send: {kind} has {head - codec.PREFIX.size} bytes outside of tensors; limit "
+        f"{limits.header_bytes} (put bulk data into tensors or Packed)"
+    )
 
 
 class Delivery:
@@ -52,9 +51,12 @@ class Delivery:
             target = -1
         if not 0 <= target < driver.network.peers:
             raise UsageError(f"send: no peer {to!r}; there are 0..{driver.network.peers - 1}")
-        result, kind = driver.result, type(message).__name__
-        size = sum(map(len, frame))
-        _check_size(kind, size, len(frame[0]), driver.limits)
+        result, limits, kind = driver.result, driver.limits, message.__class__.__name__
+        size = head = len(frame[0])
+        for segment in frame[1:]:
+            size += len(segment)
+        if size > limits.frame_bytes or head - codec.PREFIX.size > limits.header_bytes:
+            raise _too_large(kind, size, head, limits)
         result.messages_sent += 1
         result.bytes_sent[runtime.id] += size
         result.bytes_by_kind[kind] = result.bytes_by_kind.get(kind, 0) + size

@@ -57,8 +57,10 @@ class Outgoing:
         self.transport.pool.touch(self)
         if not self._calls:
             self._call(0)
-        elif any(call.idle for call in self._calls.values()):
-            self.transport.owner.dirty[self] = None
+        for call in self._calls.values():
+            if call.idle:
+                self.transport.owner.dirty[self] = None
+                break
         return True
 
     def room_wait(self) -> Wait | None:

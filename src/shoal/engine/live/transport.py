@@ -180,14 +180,11 @@ class Transport:
 
     def send(self, to: int, frame: list[codec.Buffer]) -> Wait | None:
         """Queue a frame; a wait when that made the queue to this peer longer than its limit."""
-        if not self.is_up or to not in self.addresses:
-            self.owner.lost("dead", 1)
-            return None
         outgoing = self._outgoing.get(to)
-        if outgoing is None:
+        if outgoing is None and self.is_up and to in self.addresses:
             outgoing = self._outgoing[to] = Outgoing(self, to)
             self.lines.called(to)
-        if not outgoing.push(frame):
+        if outgoing is None or not outgoing.push(frame):
             self.owner.lost("dead", 1)
             return None
         return outgoing.room_wait()
