@@ -17,13 +17,15 @@ from typing import Any
 
 import pytest
 from kill_peer import Block, Count
+from test_live_join import Beats, Here, heard
 from test_live_kernel import By, values
 
 from shoal.base.errors import SimulationError, UsageError
-from shoal.engine.live import LiveSettings, driver, launch, run_live
+from shoal.engine.live import LiveSettings, circle, driver, join, launch, run_live
 from shoal.engine.live.join import join_live
 from shoal.engine.live.joining import Joining
 from shoal.wire.identity import Identity
+from shoal.world.faults import Join
 from shoal.world.network import Network
 
 pytestmark = pytest.mark.live
@@ -244,3 +246,31 @@ def test_a_jump_of_the_clock_changes_no_deadline(
     assert len(waited) == 2
     assert min(waited) >= 0.2
     assert max(waited) < 5.0
+
+
+@pytest.mark.parametrize("jump_s", [3600.0, -3600.0])
+def test_joined_peers_agree_on_the_run_though_a_clock_jumps(
+    monkeypatch: pytest.MonkeyPatch, jump_s: float
+) -> None:
+    """Records carry numbers from the clock, but they only grow; times of the run come from others'
+    answers. So a peer that comes after the jump is in the same round as the others."""
+    jumped = threading.Event()
+
+    def time_ns() -> int:
+        return time.time_ns() + int(jump_s * 1e9) * jumped.is_set()
+
+    for module in (circle, join, driver):
+        monkeypatch.setattr(module, "time_ns", time_ns)
+    here = Here(Network(3, faults=(Join(who=(2,), at=0.1),)), Beats(rounds=20))
+    where = here.founder()
+    here.start(Joining(bootstrap=(where,)))
+    here.await_round(0, 2)
+    jumped.set()
+    here.start(Joining(bootstrap=(here.address(1),), peer=2))
+    here.end()
+    assert not here.errors
+    assert all(run.finished for run in here.runs.values())
+    (first,) = [row.value for row in here.runs[2].series("first")]
+    assert 2 <= first < 20
+    assert heard(here.runs[2])[-1] == 2.0
+    assert heard(here.runs[0])[-1] == 2.0

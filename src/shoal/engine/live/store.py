@@ -16,7 +16,6 @@ else is an error: what comes after it had been promised.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import logging
 import os
@@ -161,6 +160,8 @@ class DiskStore:
 
     def _lock(self, file: BinaryIO, fresh: bool = False) -> None:
         """Until the file is closed nobody else writes it, and nobody did since it was read."""
+        import fcntl  # POSIX alone; the module itself can be read anywhere
+
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
