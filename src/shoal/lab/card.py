@@ -17,6 +17,7 @@ from shoal.base.errors import UsageError
 from shoal.lab.values import near
 
 if TYPE_CHECKING:
+    from shoal.lab.chart import Chart
     from shoal.lab.rows import Rows
     from shoal.lab.scenario import Scenario
 
@@ -248,7 +249,8 @@ class System:
     settings) to a `Run` or to a mapping of metrics. None when every arm names another system.
     scenario: a family's scenario by name ("training.images_small") or a Scenario. uses: scenario
     settings that belong to the method, such as {"exchange": "star"}. role, host: of a part, the
-    scenario field that it fills and the strategy that carries it, by name.
+    scenario field that it fills and the strategy that carries it, by name. charts: pictures that
+    functions make of the runs (`shoal.lab.chart`).
     """
 
     name: str
@@ -263,6 +265,7 @@ class System:
     arms: Mapping[str, Arm] = field(default_factory=dict)
     claims: tuple[Claim, ...] = ()
     plots: tuple[Plot, ...] = ()
+    charts: tuple[Chart, ...] = ()
     deviations: tuple[str, ...] = ()
     small: Budget = field(default_factory=lambda: Budget(seeds=2))
     full: Budget = field(default_factory=lambda: Budget(seeds=5))

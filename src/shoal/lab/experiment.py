@@ -14,6 +14,7 @@ from shoal.lab import launch as seam
 from shoal.lab.build import check
 from shoal.lab.card import Arm, Claim, Plot, System
 from shoal.lab.cell import Cell, Launcher, Progress, cell_of, setting_hints
+from shoal.lab.chart import Chart
 from shoal.lab.jobs import Outcome, Waiting, forget, in_processes, kept_at, run_group, stacked
 from shoal.lab.report import Report
 from shoal.lab.run import scenario_of
@@ -61,6 +62,7 @@ class Experiment:
     engine: str = "auto"
     claims: tuple[Claim, ...] = ()
     plots: tuple[Plot, ...] = ()
+    charts: tuple[Chart, ...] = ()
     changes: Mapping[str, Any] = field(default_factory=dict)
     overrides: Mapping[str, Any] = field(default_factory=dict)
     grid: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
@@ -90,6 +92,7 @@ class Experiment:
             budget=budget,
             claims=card.claims,
             plots=card.plots,
+            charts=card.charts,
             changes=share.scenario,
             **settings,
         )

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
-from shoal.lab import plot
+from shoal.lab import chart_picture, plot
 from shoal.lab.faults import read_fault
 from shoal.lab.page_style import STYLE
 from shoal.lab.picture import picture
@@ -30,6 +30,7 @@ def page(report: Report, replay: str = "") -> str:
         _summary(report),
         _errors(report),
         _plots(report),
+        _charts(report),
         _progress(report),
         _peers(report),
         _network(report),
@@ -183,6 +184,12 @@ def _plots(report: Report) -> str:
     figures = [_figure(plot.against(report, each), each.title) for each in report.plots]
     note = "Points are medians over the seeds, bands reach from the lowest to the highest seed."
     return _section("Arm against arm", *figures, note=note)
+
+
+def _charts(report: Report) -> str:
+    """Pictures of what the card's own functions make of the runs."""
+    figures = [_figure(chart_picture.svg(each), each.title) for each in report.charts]
+    return _section("Findings", *figures)
 
 
 def _progress(report: Report) -> str:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from shoal.base.errors import UsageError
 from shoal.lab.card import Plot
+from shoal.lab.chart import Drawn
 from shoal.lab.environment import fingerprint
 from shoal.lab.judge import Verdict, judge_all
 from shoal.lab.report_data import CellResult, Graph, condense, from_plain, graphs_of, to_plain
@@ -66,6 +67,7 @@ class Report:
     verdicts: tuple[Verdict, ...] = ()
     graphs: tuple[Graph, ...] = ()
     plots: tuple[Plot, ...] = ()
+    charts: tuple[Drawn, ...] = ()
     environment: dict[str, Any] = field(default_factory=dict)
     created: str = ""
     schema: int = SCHEMA
@@ -92,6 +94,7 @@ class Report:
             if not (experiment.grid)
             else (),
             plots=() if experiment.grid else experiment.plots,
+            charts=() if experiment.grid else tuple(each.drawn(rows) for each in experiment.charts),
             graphs=graphs_of([outcome.cell for outcome in outcomes]),
             environment=fingerprint(),
             created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from shoal.base.errors import ShoalError
 from shoal.lab.build import edges
 from shoal.lab.card import Plot
+from shoal.lab.chart import Drawn
 from shoal.lab.judge import Verdict
 from shoal.lab.rows import TOTALS, curve, metrics, moments, spread, total
 from shoal.lab.scenario import Scenario
@@ -167,6 +168,7 @@ def from_plain(data: dict[str, Any]) -> dict[str, Any]:
     data["verdicts"] = tuple(_verdict(each) for each in data["verdicts"])
     data["graphs"] = tuple(_graph(each) for each in data["graphs"])
     data["plots"] = tuple(_plot(each) for each in data.get("plots", ()))
+    data["charts"] = tuple(Drawn(**each) for each in data.get("charts", ()))
     return data
 
 

@@ -19,6 +19,7 @@ from shoal.world.record import Run
 # Worlds.
 
 _PARTS = ((8.0, 28.0), (40.0, 60.0))
+HEALED_S = _PARTS[-1][1]
 
 
 def partitioned(scenario: Scenario) -> Scenario:
@@ -125,7 +126,7 @@ def _converged(run: Run) -> float:
         seen.setdefault(round(row.time_s, 3), set()).add(row.value)
     late = max((at for at, digests in seen.items() if len(digests) > 1), default=-1.0)
     agreed = min((at for at in seen if at > late), default=math.inf)
-    return (agreed - _PARTS[-1][1]) / PERIOD_S
+    return (agreed - HEALED_S) / PERIOD_S
 
 
 def converged_periods(rows: Rows) -> dict[int, float]:

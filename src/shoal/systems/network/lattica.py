@@ -22,6 +22,8 @@ from typing import Literal
 from shoal.base.errors import UsageError
 from shoal.kernel.peer import Peer
 from shoal.lab.card import Arm, Budget, Claim, Source, System, at_least, at_most, between
+from shoal.lab.chart import Chart
+from shoal.systems.network import _lattica_charts as charts
 from shoal.systems.network import _lattica_claims as measured
 from shoal.systems.network import _lattica_models as models
 from shoal.systems.network import _lattica_paths as ways
@@ -220,6 +222,24 @@ SYSTEM = System(
             "little", "With answers held back for 150 ms, throughput follows Little's law, calls "
             "at once over round trip, within 15%",
             at_most(0.15), measure=measured.off_little, statistic="max",
+        ),
+    ),
+    charts=(
+        Chart(
+            "Share of direct paths, by kinds of NAT box", "grid", charts.pairs_by_kind,
+            "called peer", "caller",
+        ),
+        Chart(
+            "Different states among honest replicas after the last partition", "curves",
+            charts.states_after_healing, "seconds after the healing", "states",
+        ),
+        Chart(
+            "Searches by rounds of queries, before and after a fifth of the nodes left", "bars",
+            charts.searches_by_hops, "rounds until a holder answered", "searches",
+        ),
+        Chart(
+            "Peers that have all of a 40 MiB model", "curves", charts.peers_with_model,
+            "seconds after its publication", "peers",
         ),
     ),
     deviations=(
