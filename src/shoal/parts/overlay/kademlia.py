@@ -81,7 +81,8 @@ class KademliaSettings:
     """k: contacts per bucket, and nodes that keep a record; alpha: queries under way at once.
 
     query_timeout_s: after that a node counts as silent. patience_s: when a search goes on without
-    an answer, until round trips were measured; from then on the mean and four deviations of them.
+    an answer, until round trips were measured; from then on the mean and four deviations of them,
+    but no longer than this or two means.
     refresh_s: how often buckets without searches are searched; republish_s: how often records are
     stored anew. lifetime_s: of provider records, and the longest of any; cache_s: of copies on the
     way. record_bytes, sender_bytes, store_bytes: of one value, of all that one peer sent, of all.
@@ -281,7 +282,9 @@ class Kademlia:
         if self._mean_s < 0:
             return min(settings.patience_s, settings.query_timeout_s)
         usual_s = self._mean_s + max(4 * self._deviation_s, _LEAST_PATIENCE_S)
-        return min(usual_s, settings.query_timeout_s)
+        # Some answers that came late once must not make all searches wait.
+        longest_s = max(settings.patience_s, 2 * self._mean_s)
+        return min(usual_s, longest_s, settings.query_timeout_s)
 
     def number(self, peer: PeerId) -> int | None:
         if self.peer.roster is not self._roster:
