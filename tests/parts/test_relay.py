@@ -11,6 +11,7 @@ from shoal.base.errors import UsageError
 from shoal.base.ids import PeerId
 from shoal.engine.event import simulate
 from shoal.kernel.datagrams import Endpoint
+from shoal.parts.overlay._traversal_wire import Connect, Hello, Punch
 from shoal.parts.overlay.relay import (
     Challenge,
     Relay,
@@ -21,7 +22,7 @@ from shoal.parts.overlay.relay import (
     reservation_text,
     unpacked,
 )
-from shoal.parts.overlay.traversal import Connect, Hello, Punch, Traversal
+from shoal.parts.overlay.traversal import Traversal
 from shoal.wire.identity import Identity
 from shoal.world.links import Links
 from shoal.world.nat import ADDRESS, INDEPENDENT, PORT, NatBox

@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import os
 import struct
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from shoal.base.errors import HandshakeError, WireError
 from shoal.base.limits import Limits
@@ -92,9 +92,9 @@ async def called(transport: Transport, pipe: Pipe, begun: bytes = b"") -> Called
     return Called(transport, pipe, nonces, await _hear(transport, pipe, nonces))
 
 
-async def say(pipe: Pipe, what: object) -> None:
+async def say(pipe: Pipe, what: Any) -> None:
     """A short message with its length before it."""
-    data = b"".join(codec.encode(what))  # type: ignore[arg-type]
+    data = b"".join(codec.encode(what))
     pipe[1].write(_LENGTH.pack(len(data)) + data)
     await pipe[1].drain()
 
@@ -126,7 +126,7 @@ async def _greet(pipe: Pipe, begun: bytes) -> bytes:
 
 
 def _text(transport: Transport, nonces: bytes, intro: Intro) -> bytes:
-    bare = Intro(intro.what, intro.source, intro.target, intro.about, intro.public, b"")
+    bare: Any = Intro(intro.what, intro.source, intro.target, intro.about, intro.public, b"")
     return b"shoal line" + transport.digest + nonces + b"".join(codec.encode(bare))
 
 

@@ -63,6 +63,12 @@ def shared(host: str, port: int) -> socket.socket:
     return sock
 
 
+async def piped(connection: socket.socket) -> Pipe:
+    """A connection as a pair of streams."""
+    connection.setblocking(False)
+    return await asyncio.open_connection(sock=connection)
+
+
 class Line:
     """`run` reads until the end; `carry` takes a local connection through it.
 

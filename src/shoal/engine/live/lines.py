@@ -17,7 +17,8 @@ from shoal.base.errors import HandshakeError
 from shoal.engine.live import introduction
 from shoal.engine.live.control import Address
 from shoal.engine.live.introduction import ANSWER, CALL, ERRORS, LINE, RESERVE, Called, Ring
-from shoal.engine.live.line import Line, Pipe, shared, tuned
+from shoal.engine.live.line import Line, Pipe, piped, tuned
+from shoal.engine.live.punch import Punch
 from shoal.engine.live.switchboard import Switchboard
 from shoal.kernel.paths import RelayLimits
 from shoal.kernel.waits import Wait
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from shoal.engine.live.transport import Transport
 
 _AGAIN_S = 0.2
-_LOOK_S = 0.005
 _PAUSE_S = 1.0
 _LONGEST_PAUSE_S = 30.0
 _LEAVES = 3
@@ -98,7 +98,8 @@ class Lines:
 
     def punch(self, to: int, port: int, place: Address) -> Wait:
         wait = Wait(self._transport.owner.ready)
-        self._start(self._punch(to, port, place, wait))
+        punch = Punch(self._transport, to, port, wait)
+        self._start(self._punched(punch, place))
         return wait
 
     def called(self, to: int) -> None:
@@ -118,7 +119,7 @@ class Lines:
         self._start(self._hear(connection, begun))
 
     async def _hear(self, connection: socket.socket, begun: bytes) -> None:
-        pipe = await _pipe(tuned(connection))
+        pipe = await piped(tuned(connection))
         try:
             try:
                 async with asyncio.timeout(self._transport.settings.handshake_s):
@@ -347,85 +348,13 @@ class Lines:
         finally:
             self._left.discard(to)
 
-    # From both sides at once.
-
-    async def _punch(self, to: int, port: int, place: Address, wait: Wait) -> None:
-        found: asyncio.Queue[socket.socket] = asyncio.Queue()
-        taken: list[Pipe] = []
-        dialling = [
-            self._start(self._dial(port, place, wait, found)),
-            self._start(self._listen_at(port, wait, found)),
-        ]
-        try:
-            while not wait.done:
-                # One that leads nowhere must not keep this from another that does.
-                while not found.empty():
-                    self._start(self._try(to, found.get_nowait(), wait, taken))
-                await asyncio.sleep(_LOOK_S)
-        finally:
-            for task in dialling:
-                task.cancel()
-            while not found.empty():
-                found.get_nowait().close()
-
-    async def _try(
-        self, to: int, connection: socket.socket, wait: Wait, taken: list[Pipe]
-    ) -> None:  # fmt: skip
-        pipe = await _pipe(tuned(connection))
-        if not await self._agreed(pipe, to, wait, taken):
-            pipe[1].transport.abort()
-            return
-        opener = min(self._transport.peer, to)
-        self._start(self._run(to, Line(pipe, opener, True, self._inlet)))
-        await asyncio.sleep(0)
-        self._resolve(wait)
-
-    async def _agreed(self, pipe: Pipe, to: int, wait: Wait, taken: list[Pipe]) -> bool:
-        """Whether the peer that was meant is at the other end, and takes this connection.
-
-        The one with the lower id calls; the other one says yes to one connection only.
-        """
-        try:
-            async with asyncio.timeout(self._transport.settings.handshake_s):
-                if self._transport.peer < to:
-                    await introduction.call(self._transport, pipe, to, LINE)
-                    return True
-                called = await introduction.called(self._transport, pipe)
-                if called.intro.source != to or called.intro.what != LINE or taken or wait.done:
-                    return False
-                taken.append(pipe)
-                await called.answer(True)
-        except ERRORS:
-            if pipe in taken:
-                taken.remove(pipe)
-            return False
-        return True
-
-    async def _dial(
-        self, port: int, place: Address, wait: Wait, found: asyncio.Queue[socket.socket]
-    ) -> None:
-        """Ask for a connection again and again; a firewall may answer with a refusal."""
-        while not wait.done:
-            with suppress(OSError):
-                sock = shared(self._transport.settings.host, port)
-                try:
-                    await self._transport.loop.sock_connect(sock, place)
-                except BaseException:
-                    sock.close()
-                    raise
-                found.put_nowait(sock)
-                return
-            await asyncio.sleep(_AGAIN_S)
-
-    async def _listen_at(self, port: int, wait: Wait, found: asyncio.Queue[socket.socket]) -> None:
-        """Take who comes to the port while both dial: one side may be a little earlier."""
-        while not wait.done:
-            with suppress(OSError), shared(self._transport.settings.host, port) as sock:
-                sock.listen(8)
-                while not wait.done:
-                    connection, _ = await self._transport.loop.sock_accept(sock)
-                    found.put_nowait(connection)
-            await asyncio.sleep(_AGAIN_S)
+    async def _punched(self, punch: Punch, place: Address) -> None:
+        pipe = await punch.run(place)
+        if pipe is not None:
+            opener = min(self._transport.peer, punch.to)
+            self._start(self._run(punch.to, Line(pipe, opener, True, self._inlet)))
+            await asyncio.sleep(0)
+            self._resolve(punch.wait)
 
     # Both.
 
@@ -438,8 +367,3 @@ class Lines:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
-
-
-async def _pipe(connection: socket.socket) -> Pipe:
-    connection.setblocking(False)
-    return await asyncio.open_connection(sock=connection)

@@ -20,6 +20,7 @@ from shoal.base.ids import PeerId
 from shoal.kernel.datagrams import Endpoint, Socket
 from shoal.kernel.peer import Peer
 from shoal.kernel.tasks import TaskGroup
+from shoal.parts.overlay._traversal_wire import Connect, Hello, Punch, Sync, signed_text
 from shoal.parts.overlay.records import KeyOf
 from shoal.parts.overlay.relay import (
     Ask,
@@ -34,54 +35,7 @@ from shoal.parts.overlay.relay import (
     unpacked,
 )
 from shoal.wire.identity import Identity, verify
-from shoal.wire.message import message
 from shoal.world.nat import ADDRESS, INDEPENDENT, PORT
-
-
-@message
-class Hello:
-    """The caller wants a path; `number` is its own for it, `token` as in `Connect`."""
-
-    number: int
-    token: bytes
-
-
-@message
-class Connect:
-    """CONNECT: how its sender looks from outside.
-
-    reachable: strangers get in; public: there is no box at all; token: what punches to it must
-    carry, so that only who was told can open the path.
-    """
-
-    number: int
-    attempt: int
-    calling: bool
-    reachable: bool
-    public: bool
-    host: str
-    port: int
-    token: bytes
-
-
-@message
-class Sync:
-    """Dial now."""
-
-    number: int
-    attempt: int
-
-
-@message
-class Punch:
-    """Opens the way, and keeps it open; `back` says that the other one's came through."""
-
-    peer: int
-    number: int
-    calling: bool
-    back: bool
-    token: bytes
-
 
 _PROBE = -2
 _TOKEN_BYTES = 8
@@ -470,18 +424,14 @@ class Traversal:
         if self._key_of is None:
             return True
         public = self._key_of(PeerId(what.source))
-        text = _signed_text(what.source, what.target, what.data)
+        text = signed_text(what.source, what.target, what.data)
         return public is not None and verify(public, text, what.signature)
 
     async def _through(self, to: int, what: object) -> None:
         own, data, signature = self.peer.id, packed(what), b""
         if self._identity is not None:
-            signature = self._identity.sign(_signed_text(own, to, data))
+            signature = self._identity.sign(signed_text(own, to, data))
         await self._send(Through(own, to, data, signature), self._relay)
 
     async def _send(self, what: object, to: Endpoint) -> None:
         await self.socket.send_to(packed(what), to)
-
-
-def _signed_text(source: int, target: int, data: bytes) -> bytes:
-    return f"shoal call {source} {target} ".encode() + data
