@@ -49,7 +49,7 @@ def measure(tiny: bool, note: Note) -> Iterator[Row]:
         yield Row.of(
             f"all-reduce of 64 KiB, {how}, beside Gloo", value, "ms", against=("Gloo", gloo_ms)
         )
-    yield _paced(1 << 20 if tiny else 1 << 23, 1 if tiny else 5, note)
+    yield _paced(1 << 20 if tiny else 1 << 26, 1 if tiny else 3, note)
     yield from _losses(1 << 20 if tiny else 1 << 24, note)
     yield from _busy(2.0 if tiny else _BUSY_S, note)
 
@@ -66,7 +66,7 @@ def _child(module: str, arguments: Sequence[object], before: Sequence[str] = ())
 
 def _paced(size: int, repeats: int, note: Note) -> Row:
     """Both in network namespaces whose loopback carries what four links of that pace would."""
-    name = f"all-reduce of 8 MiB as int8, links of {_PACE}"
+    name = f"all-reduce of 64 MiB as int8, links of {_PACE}"
     total = f"{_PEERS * int(_PACE.removesuffix('mbit'))}mbit"
     within = (
         "unshare", "--net", "sh", "-c",
