@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import gc
 import os
+import re
 import resource
 import time
 import tracemalloc
@@ -71,7 +72,8 @@ class Crowd:
         return found
 
     def nothing_was_lost(self) -> bool:
-        return not self.lost and not any(owner.reasons for owner in self.owners)
+        said = [why for owner in self.owners for why in owner.reasons]
+        return not self.lost and all("descriptors" in why for why in said)
 
 
 @contextlib.contextmanager
@@ -168,6 +170,9 @@ def test_a_process_short_of_descriptors_closes_what_was_used_least_recently() ->
                     seen = max(seen, many.pool.open)
             assert 8 < seen <= 24
             assert many.pool.retired > 50
+            said = [why for owner in many.owners for why in owner.reasons]
+            assert len(said) == 1
+            assert re.search(r"shares \d+ descriptors .*`ulimit -n`", said[0])
             assert many.lost == {}
             assert many.nothing_was_lost()
             # The pair that talks all the time keeps its connection.

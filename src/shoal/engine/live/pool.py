@@ -100,6 +100,7 @@ class Pool:
         """descriptors of connections"""
         self.retired = 0
         """users that were asked to close because there was too little room"""
+        self._told = False
         self._loop = loop
         self._settings = settings
         self._users: OrderedDict[User, None] = OrderedDict()
@@ -152,6 +153,17 @@ class Pool:
             user.retire()
             # Also one that is needed goes to the end, so that it is not asked all the time.
             self.touch(user)
+
+    def shortage(self) -> str:
+        """Once, when connections had to be closed that somebody may miss: what is short of what."""
+        if self._told or not self.retired:
+            return ""
+        self._told = True
+        return (
+            f"shares {self.most} descriptors for connections with the peers of its process: those "
+            "used least recently are closed and opened again (raise it with `ulimit -n`, or use "
+            "more processes)"
+        )
 
     # Descriptors.
 

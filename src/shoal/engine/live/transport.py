@@ -232,6 +232,8 @@ class Transport:
         self._sweeper = self.loop.call_later(every_s, self._sweep)
         now_s = self.loop.time()
         self.pool.idle(now_s)
+        if shortage := self.pool.shortage():
+            self.owner.closed(self.peer, shortage)
         for outgoing in list(self._outgoing.values()):
             outgoing.beat(now_s)
             if outgoing.over:
