@@ -177,7 +177,11 @@ class State:
             self._drop(source)
             member = None
         if member is None:
-            if status.session <= self._gone.get(source, -1) or status.leaving:
+            # A peer with more than a first call behind it was let in by an earlier life of this
+            # master, which knew what it waits for.
+            begins = status.turn == 0 or (status.turn == 1 and status.call == "update_topology")
+            known = status.session <= self._gone.get(source, -1)
+            if known or status.leaving or not begins:
                 self._refused.append((source, _unknown(status)))
                 return
             member = self.members[source] = _Member(status, now_s)
