@@ -15,7 +15,7 @@ from shoal.systems.collective import _pccl_churn as measured
 
 _TRAINING = {
     "steps": 5, "lr": 2e-3, "master_works": False, "audit": True, "heartbeat_s": 0.2,
-    "timeout_s": 1.5, "patience_s": 15.0, "least": 2,
+    "timeout_s": 1.5, "patience_s": 8.0, "least": 2,
 }  # fmt: skip
 
 SYSTEM = System(
