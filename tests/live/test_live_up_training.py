@@ -84,25 +84,30 @@ def test_accuracy_survives_two_deaths_and_one_comes_back(
     assert found >= wanted - 0.02
 
 
+# Who is left of too few peers for its method waits for others until the horizon, so there is one.
+SHORT = {"dpsgd": ("--set", "rounds=60"), "modest": ("--set", "seconds=30.0")}
+
+
 @pytest.mark.parametrize("seed", range(10))
 def test_no_schedule_of_kills_makes_training_hang(tmp_path: Path, seed: int) -> None:
     draws = random.Random(seed)
-    training = TRAININGS["dpsgd" if seed % 2 else "modest"]
+    name = "dpsgd" if seed % 2 else "modest"
     restart = ("--restart",) if draws.random() < 0.7 else ()
-    up = Upped(tmp_path, "4", *training.words, *WORLD, *restart, patience_s=200)
+    words = (*TRAININGS[name].words, *SHORT[name], *WORLD, *restart)
+    up = Upped(tmp_path, "4", *words, patience_s=200)
     try:
         up.happened("started", 3)
         if not restart:
             up.wait_for_round(1)  # A death before the start would end such a run.
         for _ in range(draws.randint(1, 4)):
             time.sleep(draws.uniform(0.0, 5.0))
-            victim = draws.randrange(4)
-            if up.process.poll() is None and up.pids.get(victim) is not None:
-                up.kill_if_alive(victim)
+            if up.process.poll() is None:
+                up.kill_if_alive(draws.randrange(4))
         code = up.end()
     finally:
         up.close()
     assert code in (0, 1), up.told()
-    assert not up.half_written() or code == 1
-    if code == 0 or "before the run began" not in up.stderr():
+    assert "internal error" not in up.stderr(), up.told()
+    if code == 0:
         assert final_accuracy(up) > 0.5
+        assert not up.half_written()

@@ -286,8 +286,10 @@ class Fleet:
         self._events.append(Event(what, post, text))
         if what != "started":
             time_s = monotonic() - self._start_s if self.begun else 0.0
-            note = f"{what} ({text})" if text else what
-            self.happenings.append(Happening(time_s, note, (post.peer,)))
+            # Short, since it stands at a mark in the report's plots; logs have the rest.
+            self.happenings.append(
+                Happening(time_s, text if what == "died" else what, (post.peer,))
+            )
 
     def _take(self, post: Post, report: control.Report) -> None:
         post.heard_s = monotonic()
