@@ -159,6 +159,13 @@ class AntiEntropy:
                     f"write {key!r}: a node of {size} bytes; limit {most} (put large content "
                     "elsewhere and its hash here)"
                 )
+            held, limit = self.store.dag.held_bytes, self.store.dag.rules.store_bytes
+            if held + size > limit:
+                raise UsageError(
+                    f"write {key!r}: the store holds {held} bytes of changes; limit {limit} (write "
+                    "what is current into a store of another name, or raise Rules.store_bytes on "
+                    "all replicas)"
+                )
             await self._commit(node.raw)
             outcome = self.store.dag.add(node.raw, None)
             if outcome != "accepted":

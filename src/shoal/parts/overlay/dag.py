@@ -9,15 +9,17 @@ A replica accepts a node only when everything holds that follows from the node a
 alone: the signature, an author who may write, its predecessor by the same author as first parent
 (so that `seq` is consecutive), a stamp above those of its parents, sizes, and what `Rules.check`
 says of the payload. All replicas therefore agree on which nodes are good, in whatever order they
-come. Only "early" (a stamp too far ahead of this peer's clock) depends on the moment; such a node
-is not kept, and is taken when it is offered again later.
+come. Only "early" (a stamp too far ahead of this peer's clock) and "store full" depend on the
+moment or the replica; such a node is not kept, and is taken when it is offered again later.
 
 Equivocation. Two nodes with one (author, seq) are proof that the author wrote two histories. Both
 are kept, since others may have built on either, and the author is marked: `excluded` names its
 nodes from the first double `seq` on. What a replica makes of its nodes must leave those out; that
 is a function of the set of nodes, so replicas with the same digest agree on it as well.
 
-Growth: nodes are never dropped; a replica keeps size + about 1 kB per delta ever written.
+Growth: nodes are never dropped, since any replica may come back and ask for any of them; a replica
+keeps size + about 1 kB per delta ever written, and refuses what goes beyond `Rules.store_bytes`.
+Whoever gets there writes what is current into a store of another name, and leaves the old one.
 
 Sources: Kleppmann and Howard 2020, Byzantine eventual consistency (arXiv 2012.00472), sections 3
 and 4; Kleppmann 2022, Making CRDTs Byzantine fault tolerant (PaPoC 2022); Yang et al. 2025, Lattica
@@ -124,7 +126,8 @@ class Rules:
     these alone; ahead_s: how far a stamp may lie ahead of this peer's clock, more than any two
     honest clocks differ; node_bytes: largest node; parents: most parents and most links of a node;
     pending: most nodes of one author that wait for ancestors (each author has its own, so that one
-    who floods hurts only itself).
+    who floods hurts only itself); store_bytes: of all accepted nodes together, the same on all
+    replicas, or those with less room fall behind.
     """
 
     store: str
@@ -134,12 +137,18 @@ class Rules:
     node_bytes: int = 1 << 16
     parents: int = 16
     pending: int = 64
+    store_bytes: int = 1 << 30
 
     def __post_init__(self) -> None:
         if self.ahead_s < 0 or min(self.node_bytes, self.parents, self.pending) < 1:
             raise UsageError(
                 f"Rules: ahead_s={self.ahead_s}, node_bytes={self.node_bytes}, parents="
                 f"{self.parents}, pending={self.pending}; need no negative time and at least 1"
+            )
+        if self.store_bytes < self.node_bytes:
+            raise UsageError(
+                f"Rules: store_bytes={self.store_bytes} has no room for one node of "
+                f"{self.node_bytes} bytes (raise it)"
             )
 
 
@@ -166,6 +175,8 @@ class Dag:
         self.clock = HybridClock()
         self.refused: dict[str, int] = {}
         """how many nodes were turned away, by reason"""
+        self.held_bytes = 0
+        """of all accepted nodes"""
         self._nodes: dict[bytes, Node] = {}
         self._heads: dict[bytes, None] = {}
         self._chains: dict[bytes, list[Node]] = {}
@@ -277,6 +288,8 @@ class Dag:
             return self._refuse("early")
         if any(id not in self._nodes for id in content.needed):
             return self._wait(node)
+        if self.held_bytes + len(node.raw) > rules.store_bytes:
+            return self._refuse("store full")
         wrong = self._wrong(node)
         if wrong is not None:
             return self._refuse(wrong)
@@ -325,6 +338,9 @@ class Dag:
                     continue
                 del self._pending[child]
                 self._held[node.content.author] -= 1
+                if self.held_bytes + len(node.raw) > self.rules.store_bytes:
+                    self._refuse("store full")
+                    continue
                 wrong = self._wrong(node)
                 if wrong is not None:
                     self._refuse(wrong)
@@ -336,6 +352,7 @@ class Dag:
         content = node.content
         self._nodes[node.id] = node
         self._places[node.id] = len(self.log)
+        self.held_bytes += len(node.raw)
         self.log.append(node)
         for parent in content.parents:
             self._heads.pop(parent, None)
