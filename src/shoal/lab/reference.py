@@ -30,6 +30,8 @@ _CONTRACTS: tuple[tuple[str, str, tuple[tuple[str, tuple[str, ...]], ...]], ...]
             ("base/ids.py", ("PeerId", "Tag", "ANY")),
             ("kernel/peer.py", ("Program", "Peer", "Envelope", "Cost", "Store")),
             ("kernel/tasks.py", ("TaskGroup", "TaskHandle")),
+            ("kernel/datagrams.py", ("Datagrams", "Socket", "Endpoint")),
+            ("kernel/paths.py", ("Paths", "RelayLimits")),
             ("base/limits.py", ("Limits",)),
         ),
     ),
