@@ -67,7 +67,7 @@ def test_restarts_have_pauses_and_a_limit() -> None:
 
 
 def up_of(count: int, folder: Path) -> Up:
-    scenario = scenario_of("beats").with_settings({"peers": count, "rounds": 40})
+    scenario = scenario_of("beats").with_settings({"peers": count + 1, "rounds": 40})
     return Up(Cell("beats", 0, scenario, system="beats", engine="live"), count, folder / "run")
 
 
@@ -97,7 +97,7 @@ def test_the_screen_fits(workspace: Path, width: int, height: int) -> None:
     assert max(map(len, lines)) <= width
     assert len(lines) < height
     text = "\n".join(lines)
-    head = "beats  40 of 40 peers here  round 12 of 40"
+    head = "beats  40 of 41 peers here  round 12 of 40"
     for part in (head, "rejoined", "died", "again in 0 s", "1.23 MB", "9.88 GB", "more; of all: "):
         assert part in text, text
     assert [line.split("  ")[0] for line in lines[-3:]] == ["logs", "join", "Ctrl-C stops all"]

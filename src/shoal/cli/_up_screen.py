@@ -131,7 +131,8 @@ class _Lines:
     def __enter__(self) -> _Lines:
         if not self._quiet:
             self._say(f"{len(self._up.fleet.posts)} processes, logs in {self._up.folder}")
-            self._say(f"others join by: {self._up.invitation}")
+            if self._up.invitation:
+                self._say(f"others join by: {self._up.invitation}")
             self._printed = self._lines.printed(self._interval_s)
         self._printed.__enter__()
         return self
@@ -201,6 +202,8 @@ class Screen:
             counts = ", ".join(f"{count} {state}" for state, count in _counts(fleet).items())
             lines.append(Text(f"  … {hidden} more; of all: {counts}", style="dim"))
         for name, value in (("logs", str(up.folder)), ("join", up.invitation)):
+            if not value:
+                continue
             text = Text(f"{name}  ", style="dim", no_wrap=True, overflow="ellipsis")
             lines.append(text.append(value, style="default"))
         lines.append(

@@ -76,7 +76,7 @@ def command(
 
     Examples:
       shoal up 8 dpsgd --set topology=ring --set rounds=40
-      shoal up 4 examples/sockets.toml --restart
+      shoal up 6 examples/sockets.toml --restart
       shoal up 2 dpsgd --peers 3 --set topology=full --listen 192.168.1.5:7000
     """
     from shoal.base.errors import UsageError

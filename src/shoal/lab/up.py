@@ -57,8 +57,8 @@ class Up:
     >>> cell = Cell("dpsgd", 0, world, system="dpsgd", engine="live")
     >>> with TemporaryDirectory() as folder:
     ...     up = Up(cell, 2, Path(folder) / "run")  # up.run() starts the processes.
-    >>> [post.state for post in up.fleet.posts], up.invitation.split()[:2]
-    (['starting', 'starting'], ['shoal', 'peer'])
+    >>> [post.state for post in up.fleet.posts], up.bootstrap[0], up.invitation
+    (['starting', 'starting'], '127.0.0.1', '')
     """
 
     def __init__(
@@ -129,7 +129,9 @@ class Up:
 
     @property
     def invitation(self) -> str:
-        """The command by which another peer of this machine joins the run."""
+        """The command by which another peer of this machine joins the run; "" without room."""
+        if len(self.fleet.posts) == self.cell.scenario.peers:
+            return ""
         return f"shoal peer {self.folder / RUN_FILE} --bootstrap {_shown(self.bootstrap)}"
 
     def accuracy(self) -> tuple[int, float] | None:
