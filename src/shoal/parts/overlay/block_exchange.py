@@ -21,6 +21,8 @@ from shoal.parts.overlay.kademlia import Kademlia
 from shoal.wire.message import Packed, message
 
 _MOST_SOURCES = 64
+_BANS = 256
+"""The first ban is that part of the longest."""
 
 
 @message
@@ -49,7 +51,7 @@ class ExchangeSettings:
     """in_flight_bytes: asked for and not here yet; in_flight_blocks: of those, from one source.
 
     timeout_s: how long a block may take; poll_s: how often sources are asked what they have;
-    ban_s: how long nothing is taken from who sent a bad block.
+    ban_s: how long nothing is taken at most from who sends bad blocks; the first one costs a 256th.
     """
 
     in_flight_bytes: int = 1 << 22
@@ -99,6 +101,7 @@ class Exchange:
         self.blocks = blocks
         self.settings = settings or ExchangeSettings()
         self.banned_until_s: dict[PeerId, float] = {}
+        self._offences: dict[PeerId, int] = {}
         self.group: TaskGroup | None = None
         self._dht = dht
         self._dealers: dict[Cid, dict[PeerId, None]] = {}
@@ -140,10 +143,14 @@ class Exchange:
         return self.banned_until_s.get(peer, -1.0) > self.peer.now()
 
     def ban(self, peer: PeerId) -> None:
-        """Take nothing from a peer that sent something else than it was asked for."""
-        if not self.is_banned(peer):
-            self.peer.record("banned", peer)
-        self.banned_until_s[peer] = self.peer.now() + self.settings.ban_s
+        """Take nothing from a peer that sent something else than it was asked for: shortly at
+        first, since a bad link does that to honest peers, and twice as long every time."""
+        if self.is_banned(peer):
+            return
+        self.peer.record("banned", peer)
+        times = self._offences[peer] = self._offences.get(peer, 0) + 1
+        share = min(1.0, 2.0 ** (times - 1) / _BANS)
+        self.banned_until_s[peer] = self.peer.now() + share * self.settings.ban_s
 
     def here(self, manifest: Manifest | None) -> int:
         """A bit for each block of a blob that is here."""

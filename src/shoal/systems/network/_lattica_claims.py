@@ -193,29 +193,23 @@ def time_over_server(rows: Rows) -> dict[int, float]:
     return {seed: swarm[seed] / server[seed] for seed in rows.seeds}
 
 
-def _received(run: Run, version: str) -> float:
-    """Bytes that all peers received from a version's publication on, over those of the blob to
-    everybody: all that crossed links, questions and upkeep included."""
-    return math.nan if math.isnan(_last_s(run)) else _traffic(run)[int(version)]
-
-
-def _traffic(run: Run) -> tuple[float, float]:
-    marks = [row.time_s for row in run.series("took_s") if ("version", "0") in row.labels]
-    total = run.series("bytes_sent")
-    whole = [row for row in total if row.peer == -1]
-    until = [row.value for row in whole if row.time_s <= max(marks) + 1.0]
-    first = max(until, default=0.0)
-    return first, sum(run.bytes_sent) - first
+def _moved_again(run: Run) -> float:
+    """All bytes on all links but those of the first version's blocks, over those: what the second
+    version moved, with every question and all upkeep of the whole run."""
+    if math.isnan(_last_s(run)):
+        return math.nan
+    first = sum(row.value for row in run.series("blob_bytes") if ("version", "0") in row.labels)
+    return (sum(run.bytes_sent) - first) / first
 
 
 def bytes_of_update(rows: Rows) -> dict[int, float]:
-    """Bytes on all links for the second version, over those for the first."""
-    return _of(rows, "swarm", lambda run: _received(run, "1") / _received(run, "0"))
+    """Bytes on all links for the second version, over those of the blob to everybody."""
+    return _of(rows, "swarm", _moved_again)
 
 
 def bytes_of_copies(rows: Rows) -> dict[int, float]:
     """The same when the second version is sent as a whole."""
-    return _of(rows, "copies", lambda run: round(_received(run, "1") / _received(run, "0"), 3))
+    return _of(rows, "copies", _moved_again)
 
 
 # Calls.

@@ -21,7 +21,7 @@ from shoal.wire.message import Packed
 
 BLOCK_BYTES = 1 << 18
 _LANES = 2
-_PATIENT = RpcSettings(retry_s=600.0, retry_most_s=600.0)
+_PATIENT = RpcSettings(piece_bytes=1 << 17, window_bytes=1 << 19, retry_s=600.0, retry_most_s=600.0)
 """Of a server whose line is busy for minutes: on links without loss nothing needs to go twice."""
 
 
@@ -64,13 +64,14 @@ async def swarm(peer: Peer, size: int, bytes_per_s: float, block_bytes: int) -> 
                 assert seen is not None, "the registry is on every peer long before"
                 blob = await node.get(seen, deadline=end_s)
                 right = blob == version(number, size, block_bytes)
-                told(peer, number, at_s, right)
+                told(peer, number, at_s, len(blob), right)
             await peer.sleep_until(end_s)
 
 
-def told(peer: Peer, number: int, began_s: float, right: bool) -> None:
+def told(peer: Peer, number: int, began_s: float, size: int, right: bool) -> None:
     """A version is here, whole."""
     label = str(number)
+    peer.record("blob_bytes", size, version=label)
     peer.record("took_s", peer.now() - began_s, version=label)
     peer.record("right", float(right), version=label)
 
@@ -93,7 +94,7 @@ async def server(peer: Peer, size: int, bytes_per_s: float, block_bytes: int) ->
             await peer.sleep_until(at_s)
             if peer.id:
                 got = await _download(peer, rpc, number, -(-size // block_bytes), end_s)
-                told(peer, number, at_s, got == version(number, size, block_bytes))
+                told(peer, number, at_s, len(got), got == version(number, size, block_bytes))
             await peer.sleep_until(max(peer.now(), end_s))
         rpc.stop()
 
@@ -120,7 +121,7 @@ async def copies(peer: Peer, size: int, bytes_per_s: float, block_bytes: int) ->
     async def take(request: Request) -> bytes:
         number = request.payload[0]
         right = request.payload[1:] == version(number, size, block_bytes)
-        told(peer, number, start_s(number, peers, size, bytes_per_s), right)
+        told(peer, number, start_s(number, peers, size, bytes_per_s), size, right)
         return b""
 
     rpc.serve("model.take", take)
