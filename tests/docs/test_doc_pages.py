@@ -242,6 +242,7 @@ def test_a_wrong_command_line_would_be_found() -> None:
         parse(["show", "no-such-system"])
 
 
+@pytest.mark.timeout(240)  # Some pages start processes, which is slow on a busy machine.
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if any(run for _, _, run in commands(page))]
 )
