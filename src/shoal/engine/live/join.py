@@ -74,8 +74,8 @@ def join_live(
     check_faults(network.faults)
     if network.nats:
         raise UsageError(
-            f"join_live: {len(network.nats)} NAT boxes; they exist on the virtual network only (use "
-            "the event engine, or leave nats empty: real boxes are where the peers are)"
+            f"join_live: {len(network.nats)} NAT boxes; they exist on the virtual network only "
+            "(use the event engine, or leave nats empty: real boxes are where the peers are)"
         )
     # Datagrams come and go where the peer listens.
     settings = replace(settings or LiveSettings(), host=joining.listen[0])
@@ -288,7 +288,7 @@ class _Joined:
         await self._await_start()
         if circle.start_ns is None:
             return
-        self._keep()
+        await self._keep_now()
         unix_ns = time_ns() + circle.start_ns - monotonic_ns()
         digest = agreement(circle.book.run + circle.program, driver.schemas())
         self._state = "running"
@@ -338,6 +338,15 @@ class _Joined:
             await circle.sleep(pause_s)
             if not founder:
                 await circle.exchange_with(circle.others()[:3])
+
+    async def _keep_now(self) -> None:
+        """Remember the run's start before its program begins: a peer that is killed right then
+        would come back with the program's commits and wait for a start that has been."""
+        # A write that is under way may be of before; the second one is not.
+        for _ in range(2):
+            self._keep()
+            if self._writing is not None:
+                await asyncio.wait((self._writing,))
 
     def _keep(self) -> None:
         """Remember the run and who is in it, if that has changed."""
