@@ -29,7 +29,7 @@ from shoal.world.network import Network
 PEERS = 4
 START_WITH = 3
 RUN_S = 1.3
-START_S = 3.0
+START_S = 6.0
 STEP_S = 0.02
 BLOCK_BYTES = 3 << 20
 BLOCK_EVERY = 12
