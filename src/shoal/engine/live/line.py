@@ -22,8 +22,9 @@ from contextlib import suppress
 
 _HEAD = struct.Struct("<BBHI")
 _BYTES, _BEGIN, _END = range(3)
-_PIECE_BYTES = 1 << 16
-_MOST_STREAMS = 256
+PIECE_BYTES = 1 << 18
+"""What is passed on at once; a shorter one costs more, a longer one holds up the others."""
+_MOST_STREAMS = 128
 # What the operating system may keep unsent: a heartbeat waits behind that on a slow link.
 _UNSENT_BYTES = 1 << 18
 # A silent connection is asked for a sign of life, which also keeps the mappings of NAT boxes.
@@ -66,7 +67,7 @@ def shared(host: str, port: int) -> socket.socket:
 async def piped(connection: socket.socket) -> Pipe:
     """A connection as a pair of streams."""
     connection.setblocking(False)
-    return await asyncio.open_connection(sock=connection)
+    return await asyncio.open_connection(sock=connection, limit=PIECE_BYTES)
 
 
 class Line:
@@ -108,7 +109,7 @@ class Line:
             while True:
                 head = await self._reader.readexactly(_HEAD.size)
                 kind, whose, number, length = _HEAD.unpack(head)
-                if kind > _END or length > _PIECE_BYTES:
+                if kind > _END or length > PIECE_BYTES:
                     return
                 key = (not whose, number)
                 if kind == _BEGIN:
@@ -175,7 +176,7 @@ class Line:
     async def _pump(self, key: tuple[bool, int], reader: asyncio.StreamReader) -> None:
         """What this side says on a stream, piece by piece, in turns with the other streams."""
         with suppress(OSError):
-            while data := await reader.read(_PIECE_BYTES):
+            while data := await reader.read(PIECE_BYTES):
                 await self._say(_BYTES, key, data)
         if (writer := self._streams.pop(key, None)) is not None:
             writer.close()

@@ -17,7 +17,7 @@ from shoal.base.errors import HandshakeError
 from shoal.engine.live import introduction
 from shoal.engine.live.control import Address
 from shoal.engine.live.introduction import ANSWER, CALL, ERRORS, LINE, RESERVE, Called, Ring
-from shoal.engine.live.line import Line, Pipe, piped, tuned
+from shoal.engine.live.line import PIECE_BYTES, Line, Pipe, piped, tuned
 from shoal.engine.live.punch import Punch
 from shoal.engine.live.switchboard import Switchboard
 from shoal.kernel.paths import RelayLimits
@@ -32,6 +32,8 @@ _LONGEST_PAUSE_S = 30.0
 _LEAVES = 3
 _MOST_RINGS = 64
 _MOST_BEGUN = 256
+# Of one peer: the one in use, and some that have not ended yet.
+_MOST_OF_ONE = 8
 
 
 class Lines:
@@ -49,6 +51,7 @@ class Lines:
         self._doors: dict[int, socket.socket] = {}
         self._servers: dict[int, asyncio.Server] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._served: dict[int, int] = {}
         self._rings = 0
         self._begun = 0
 
@@ -137,8 +140,15 @@ class Lines:
     async def _decide(self, called: Called) -> None:
         what, source, board = called.intro.what, called.intro.source, self.board
         if what == LINE:
-            await called.answer(True)
-            await self._run(source, Line(called.pipe, source, True, self._inlet))
+            served = self._served.get(source, 0)
+            await called.answer(served < _MOST_OF_ONE)
+            if served >= _MOST_OF_ONE:
+                raise HandshakeError("refused", f"peer {source} has {served} lines here")
+            self._served[source] = served + 1
+            try:
+                await self._run(source, Line(called.pipe, source, True, self._inlet))
+            finally:
+                self._served[source] -= 1
         elif board is None:
             raise HandshakeError("refused", f"peer {source} wants {what!r} of who is no relay")
         elif what == RESERVE:
@@ -212,7 +222,7 @@ class Lines:
             else:
                 line.carry(reader, writer)
 
-        self._servers[to] = await asyncio.start_server(enter, sock=door)
+        self._servers[to] = await asyncio.start_server(enter, sock=door, limit=PIECE_BYTES)
 
     async def _line_to(self, to: int) -> Line | None:
         line = self._lines.get(to)
@@ -258,7 +268,7 @@ class Lines:
     async def _call(self, to: int, what: str, about: int = 0) -> Pipe:
         """A connection to a peer that can be called, introduced."""
         host, port = self._transport.book[to]
-        reader, writer = await asyncio.open_connection(host, port)
+        reader, writer = await asyncio.open_connection(host, port, limit=PIECE_BYTES)
         tuned(writer.get_extra_info("socket"))
         try:
             await introduction.call(self._transport, (reader, writer), to, what, about)
@@ -270,7 +280,7 @@ class Lines:
     async def _inlet(self) -> Pipe:
         """A connection to this peer's own transport, as a caller's would be."""
         host, port = self._transport.listening
-        return await asyncio.open_connection(host, port)
+        return await asyncio.open_connection(host, port, limit=PIECE_BYTES)
 
     # As one that cannot be called.
 

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 
 from shoal.engine.live import introduction
 from shoal.engine.live.introduction import ERRORS, Ring
-from shoal.engine.live.line import Pipe
+from shoal.engine.live.line import PIECE_BYTES, Pipe
 from shoal.kernel.paths import RelayLimits
 
-_PIECE_BYTES = 1 << 16
 _CALLS_PER_PLACE = 4
 
 
@@ -84,7 +83,8 @@ class Switchboard:
         guest = self._guests.get(peer)
         places = _CALLS_PER_PLACE * self._limits.reservations
         pair = (min(caller, peer), max(caller, peer))
-        if guest is None or len(self._waiting) >= places or self._room(pair) is None:
+        busy = len(self._waiting) >= places or len(self._connected) >= 2 * places
+        if guest is None or busy or self._room(pair) is None:
             return None
         call = int.from_bytes(os.urandom(7), "little")
         future: asyncio.Future[Pipe] = self._loop.create_future()
@@ -150,7 +150,7 @@ class Switchboard:
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, used: _Used
     ) -> None:
         with suppress(OSError):
-            while data := await reader.read(_PIECE_BYTES):
+            while data := await reader.read(PIECE_BYTES):
                 used.used += len(data)
                 if used.used > self._limits.circuit_bytes:
                     return
