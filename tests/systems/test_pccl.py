@@ -13,6 +13,7 @@ import shoal
 from shoal.base.errors import UsageError
 from shoal.lab import discover
 from shoal.lab.cell import cell_of, execute
+from shoal.lab.fuzz import target
 from shoal.lab.launch import launch
 from shoal.lab.processes import run_processes
 from shoal.lab.scenario import Scenario
@@ -110,6 +111,17 @@ def test_a_master_that_dies_ends_the_run_and_one_that_restarts_takes_it_up() -> 
     found = run(back, **{**quick, "patience_s": 10.0})
     assert {row.value for row in found.series("steps")} == {12.0}
     assert len({row.value for row in found.series("end_state")}) == 1
+
+
+@pytest.mark.parametrize("mode", ["diloco", "async"])
+def test_fault_lists_part_no_group(mode: str) -> None:
+    small = {
+        "mode": mode, "steps": 1, "batch_size": 4, "peers": 6, "rounds": 5, "task.hidden": [4],
+        "task.train_samples": 200, "task.holders": None,
+    }  # fmt: skip
+    explored = target("pccl", small).explore(4)
+    assert not explored.failures
+    assert explored.traces >= 2
 
 
 def row(name: str, value: float, peer: int, step: int) -> Row:
