@@ -13,6 +13,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
+
+import msgspec
 
 from shoal.base.errors import DecodeError, MessageTooLarge
 from shoal.base.ids import PeerId
@@ -31,7 +34,8 @@ _MOST_TIMER_S = 5.0
 @message(tag=("life", "call", "answer", "number"))
 class Piece:
     """A part of an item. number: from 0 in each direction (-1: it only asks for an `Ack`); size:
-    of the whole item, in its first piece; last: the item ends; end: no more items come."""
+    of the whole item, in its first piece; last: the item ends; end: no more items come; tries: how
+    often it was sent before."""
 
     life: int
     call: int
@@ -41,13 +45,14 @@ class Piece:
     size: int
     last: bool
     end: bool
+    tries: int
     body: Packed
 
 
 @message(tag=("life", "call", "answer", "next"))
 class Ack:
     """All pieces before `next` are here, and none of `gaps`; `most`: bytes that may be sent in all,
-    counted from the start; `echo`: the piece that this answers, if any (-1)."""
+    counted from the start; `echo`, `tries`: the piece that this answers, if any (-1)."""
 
     life: int
     call: int
@@ -56,6 +61,7 @@ class Ack:
     gaps: tuple[int, ...]
     most: int
     echo: int = -1
+    tries: int = 0
 
 
 @dataclass(frozen=True)
@@ -74,8 +80,7 @@ def _weight(body_bytes: int) -> int:
 @dataclass(slots=True)
 class _Sent:
     piece: Piece
-    at_s: float
-    tries: int
+    times_s: list[float]
 
 
 class Sending:
@@ -94,6 +99,7 @@ class Sending:
         self._number = self._sent_bytes = 0
         self._most = window_bytes
         self._timer_s = self._usual_s = timer_s
+        self._most_s = max(timer_s, _MOST_TIMER_S)
         self._mean_s = self._deviation_s = -1.0
         self._again: dict[int, None] = {}
         self._waiting = self._closed = False
@@ -129,7 +135,7 @@ class Sending:
         self._waiting = False
         self._check()
         piece = self._piece(self._number, form, size, last, end, body)
-        self._flying[self._number] = _Sent(piece, self._peer.now(), 1)
+        self._flying[self._number] = _Sent(piece, [self._peer.now()])
         self._number += 1
         self._sent_bytes += weight
         self._keep()
@@ -139,7 +145,7 @@ class Sending:
         self, number: int, form: str, size: int, last: bool, end: bool, body: Packed
     ) -> Piece:
         way = self._way
-        return Piece(way.life, way.call, way.answer, number, form, size, last, end, body)
+        return Piece(way.life, way.call, way.answer, number, form, size, last, end, 0, body)
 
     def _keep(self) -> None:
         if (self._keeper is None or self._keeper.done) and not self._closed:
@@ -152,15 +158,17 @@ class Sending:
         while self._flying or self._waiting:
             for number in list(self._again):
                 sent = self._flying.get(number)
-                if sent is not None and self._peer.now() - sent.at_s >= max(self._mean_s, 0.0):
+                if sent is not None and self._peer.now() - sent.times_s[-1] >= max(
+                    self._mean_s, 0.0
+                ):
                     await self._repeat(sent)
             self._again.clear()
             oldest = next(iter(self._flying.values()), None)
-            due_s = (asked_s if oldest is None else oldest.at_s) + self._timer_s
+            due_s = (asked_s if oldest is None else oldest.times_s[-1]) + self._timer_s
             if self._peer.now() < due_s:
                 await self._signal.wait(due_s)
                 continue
-            self._timer_s = min(2 * self._timer_s, _MOST_TIMER_S)
+            self._timer_s = min(2 * self._timer_s, self._most_s)
             asked_s = self._peer.now()
             if oldest is not None:
                 await self._repeat(oldest)
@@ -168,8 +176,11 @@ class Sending:
                 await self._peer.send(self._to, self._piece(-1, "", 0, False, False, Packed(b"")))
 
     async def _repeat(self, sent: _Sent) -> None:
-        sent.at_s = self._peer.now()
-        sent.tries += 1
+        # Every try has a number of its own, so that its answer tells the time of that one: on a
+        # busy line the timer would otherwise never learn that answers take longer than it waits.
+        piece: Any = sent.piece
+        sent.piece = msgspec.structs.replace(piece, tries=len(sent.times_s))
+        sent.times_s.append(self._peer.now())
         await self._peer.send(self._to, sent.piece)
 
     def acked(self, ack: Ack) -> None:
@@ -180,8 +191,8 @@ class Sending:
         # Between two gaps everything is there.
         # Only the piece that this answers tells a time; acknowledgements of others may be lost.
         echoed = self._flying.get(ack.echo)
-        if echoed is not None and echoed.tries == 1:
-            self._measured(self._peer.now() - echoed.at_s)
+        if echoed is not None and 0 <= ack.tries < len(echoed.times_s):
+            self._measured(self._peer.now() - echoed.times_s[ack.tries])
         for number in [n for n in self._flying if n < ack.next or (n < last and n not in gaps)]:
             del self._flying[number]
             # What comes through ends the doubling: pieces are lost one by one here, not by jams.
@@ -199,7 +210,7 @@ class Sending:
             self._deviation_s += (abs(seconds - self._mean_s) - self._deviation_s) / 4
             self._mean_s += (seconds - self._mean_s) / 8
         usual_s = self._mean_s + 4 * self._deviation_s
-        self._usual_s = min(max(_LEAST_TIMER_S, usual_s), _MOST_TIMER_S)
+        self._usual_s = min(max(_LEAST_TIMER_S, usual_s), self._most_s)
 
 
 class Receiving:
@@ -231,9 +242,9 @@ class Receiving:
         while self._next in self._here:
             self._next += 1
         self._signal.fire()
-        return self._ack(number)
+        return self._ack(number, piece.tries)
 
-    def _ack(self, echo: int = -1) -> Ack:
+    def _ack(self, echo: int = -1, tries: int = 0) -> Ack:
         way, gaps = self._way, []
         for number in range(self._next, self._last):
             if number not in self._here:
@@ -242,7 +253,7 @@ class Receiving:
                     break
         self._told_bytes = self._read_bytes
         most = self._read_bytes + self._window_bytes
-        return Ack(way.life, way.call, way.answer, self._next, tuple(gaps), most, echo)
+        return Ack(way.life, way.call, way.answer, self._next, tuple(gaps), most, echo, tries)
 
     async def item(self, poke: Callable[[], object] | None = None) -> tuple[str, bytearray] | None:
         """The next item as (form, bytes); None after the last one."""
