@@ -45,7 +45,9 @@ if kind == "stays":
     sys.stdin.read()
 if kind == "deaf":
     signal.pause()
-pipe.send_bytes(pickle.dumps(control.Done(Run("live", 0, 1, finished=kind != "stays"))))
+whole = kind not in ("stays", "horizon")
+pipe.send_bytes(pickle.dumps(control.Done(Run("live", 0, 1, finished=whole))))
+sys.exit(0 if whole or kind == "stays" else 1)
 """
 
 
@@ -83,6 +85,14 @@ def test_restarts_have_a_limit_and_half_a_report_is_none(tmp_path: Path) -> None
     crew.run()
     assert (crew.posts[0].state, crew.posts[0].restarts) == ("died", 2)
     assert crew.posts[0].why == "killed by SIGKILL"
+    assert not crew.whole
+
+
+def test_a_peer_at_the_horizon_has_ended_and_does_not_begin_again(tmp_path: Path) -> None:
+    crew = fleet(tmp_path, "horizon", "horizon", restarts=5, backoff_s=0.02)
+    crew.run()
+    assert [(post.state, post.restarts) for post in crew.posts] == [("ended", 0)] * 2
+    assert not crew.happenings
     assert not crew.whole
 
 

@@ -109,7 +109,7 @@ def command(
     if stop.is_set() and not json:
         say("stopped; the report tells how far it came", "yellow", error=True)
     (_show_json if json else _show)(up, upped, report, path)
-    raise typer.Exit(130 if stop.is_set() else int(not upped.run.finished))
+    raise typer.Exit(130 if stop.is_set() else int(bool(upped.lost)))
 
 
 def _folder(parent: Path, cell: Cell) -> Path:

@@ -305,9 +305,10 @@ class Fleet:
 
     def _gone(self, post: Post) -> None:
         code = self._processes.pop(post.peer).bury(self.settings.stop_s)
-        if code == 0:
+        run = post.lives[-1].run
+        # Whoever has had its last word has ended, also at the horizon, before all were done.
+        if code == 0 or run is not None:
             post.state = "ended"
-            run = post.lives[-1].run
             if self._over_s is None and run is not None and run.finished:
                 self._over_s = monotonic()
             self._events.append(Event("ended", post, ""))
