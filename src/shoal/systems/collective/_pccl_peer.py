@@ -56,6 +56,7 @@ class Trainer:
         self.group: Communicator | None = None
         self.progress_s = peer.now()
         self.next_s = 0.0
+        peer.record("members", 0.0, step="0")
         self._restore()
 
     async def live(self) -> None:
@@ -79,6 +80,7 @@ class Trainer:
                 break
             except CollectiveError as error:
                 peer.record("lost_group", 1.0, why=type(error).__name__)
+                peer.record("members", 0.0, step=str(self.common.steps))
                 if isinstance(error, RevisionViolation):
                     # What this peer has is of no use to them: it takes what they have.
                     self.common.shared.revision = 0

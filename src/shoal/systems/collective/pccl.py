@@ -310,7 +310,7 @@ SYSTEM = System(
     ),
     plots=(
         Plot(
-            "What a directed pair carries, by connections", "mean_mbit_per_s", "connections",
+            "What a directed pair carries, by connections", "throughput_mbit", "connections",
             {
                 "mean over all directed pairs": (
                     (1, "wan_1"), (2, "wan_2"), (4, "wan_4"), (8, "wan_8"), (16, "wan_16"),

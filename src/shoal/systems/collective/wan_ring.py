@@ -69,7 +69,7 @@ class WanRing:
             for target, rate in group.rates.items():
                 peer.record("bit_per_s", rate, target=str(target))
             known = [rate for rate in group.rates.values() if rate > 0]
-            peer.record("mean_mbit_per_s", sum(known) / max(1, len(known)) / 1e6)
+            peer.record("throughput_mbit", sum(known) / max(1, len(known)) / 1e6)
             peer.record("place", group.rank)
             begun_s = peer.now()
             await group.all_reduce(values)
