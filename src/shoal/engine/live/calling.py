@@ -18,7 +18,7 @@ from shoal.base.errors import HandshakeError, WireError
 from shoal.wire.frame import ANSWER_BYTES, Greeting, unpack_answer
 from shoal.wire.handshake import Handshake
 from shoal.wire.outflow import Lane
-from shoal.wire.session import Session, feed, memory
+from shoal.wire.session import SCRATCH_BYTES, Session, feed, memory
 
 if TYPE_CHECKING:
     from shoal.engine.live.outgoing import Outgoing
@@ -48,6 +48,7 @@ class Call:
         self._session: Session | None = None
         self.sealed = memoryview(b"")
         """what is sealed and not written"""
+        self._place: memoryview | None = None
         self._welcome = False
         self._watched = False
         self._pings = 0
@@ -307,6 +308,7 @@ class Call:
                 self._loop.add_writer(sock.fileno(), self._turn(self._writable))
             else:
                 self._loop.remove_writer(sock.fileno())
+                self._place = None
 
     def _write_sealed(self, sock: socket.socket, session: Session) -> int:
         """Write the rest of what was sealed, or else seal and write more; how many bytes went."""
@@ -314,7 +316,8 @@ class Call:
             written = sock.send(self.sealed)
             self.sealed = self.sealed[written:]
             return written
-        sealed, taken = session.seal(self.lane.head(), memory()[0])
+        place = memory()[0] if self._place is None else self._place
+        sealed, taken = session.seal(self.lane.head(), place)
         # Sealed is as good as written: these bytes come next, whatever the lane gets meanwhile.
         self.lane.advance(taken)
         try:
@@ -322,8 +325,11 @@ class Call:
         except (BlockingIOError, InterruptedError):
             written = 0
         if written < len(sealed):
-            # The memory is shared, so what stays is copied.
-            self.sealed = memoryview(bytes(sealed[written:]))
+            self.sealed = sealed[written:]
+            if self._place is None:
+                # That memory is shared; whoever fills the socket gets its own until all is out.
+                self.sealed = memoryview(bytes(self.sealed))
+                self._place = memoryview(bytearray(SCRATCH_BYTES))
         return written
 
     def _writable(self) -> None:

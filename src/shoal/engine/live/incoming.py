@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 # One turn's longest: a peer that floods this one makes the others wait so long, and not longer.
 _TURN_S = 0.0002
+# Reads of one turn while chunks come: bytes that are only put in their place, for nobody to handle.
+_READS = 4
 _STALL_BYTES_PER_S = 1024
 
 
@@ -284,7 +286,7 @@ class Incoming:
     def _receive(self) -> None:
         """What was left of the last turn, then what is here."""
         cutter, end_s = self._receiver.cutter, perf_counter() + _TURN_S
-        held = self._heavy and self._held
+        held, reads = self._heavy and self._held, 0
         self._heavy = False
         try:
             while held or self._read():
@@ -293,7 +295,8 @@ class Incoming:
                     break
                 if cutter.inside is None:
                     break  # Most likely that was all: no need to ask.
-                if perf_counter() > end_s:
+                reads += 1
+                if reads == _READS:
                     self._pause()
                     break
         except (DecodeError, MessageTooLarge) as error:
@@ -381,10 +384,10 @@ class Incoming:
     def _pause(self) -> None:
         """The turn is used up: the others come first, and then those who wait in line."""
         self._heavy = True
-        if self._held:
-            self._receiver.cutter.hold()
-            if self._session is not None:
-                self._session.hold()
+        self._receiver.cutter.hold()
+        if self._session is not None:
+            self._session.hold()
+        if self._held or self._receiver.cutter.inside is not None:
             self._pool.turns.join(self)
 
     def _write(self) -> None:

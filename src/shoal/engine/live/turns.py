@@ -34,7 +34,7 @@ class Turns:
         """Wait in line, once."""
         self._line[reader] = None
         if self._next is None:
-            self._next = self._loop.call_soon(self._look)
+            self._after_news()
 
     def waits(self, reader: Reader) -> bool:
         """Whether it is in line."""
@@ -47,10 +47,10 @@ class Turns:
             self._next.cancel()
             self._next = None
 
-    def _look(self) -> None:
-        # The loop calls what was asked for before it looks for news, so it is asked a second time:
-        # by then it has looked, and what it found comes first.
-        self._next = self._loop.call_soon(self._serve)
+    def _after_news(self) -> None:
+        # Not `call_soon`: the loop calls that before what it finds when it looks for news, and
+        # timers that are due after it.
+        self._next = self._loop.call_later(0.0, self._serve)
 
     def _serve(self) -> None:
         self._next = None
@@ -62,4 +62,4 @@ class Turns:
             del line[reader]
             reader.go_on()
         if line and self._next is None:
-            self._next = self._loop.call_soon(self._look)
+            self._after_news()
