@@ -28,6 +28,7 @@ OUTSIDE_WORLD = {"asyncio", "random", "secrets", "selectors", "socket", "time"}
 ENGINES = ("event", "lockstep", "live")
 MAY_TOUCH_IT = (
     "engine.live", "cli", "base.stopwatch", "lab.bench.live", "lab.bench._bare",
+    "lab.bench._delayed", "lab.bench._flood", "lab.bench._others",
     "lab.bench._kademlia",
 )  # fmt: skip
 """The benches of `live` time round trips where they are made, beside a protocol without Shoal or
