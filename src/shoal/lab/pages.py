@@ -270,6 +270,8 @@ def _changes(arm: Arm) -> str:
     parts = [f"`{key}={_word(value)}`" for key, value in arm.set.items()]
     parts += [f"`host.{key}={_word(value)}`" for key, value in arm.host.items()]
     parts += [f"{key}: {_plain(value)}" for key, value in arm.scenario.items()]
+    if arm.engine:
+        parts.append(f"on `{arm.engine}`")
     if arm.prepare is not None:
         parts.append(f"world from `{arm.prepare.__name__}`: {_first(arm.prepare.__doc__)}")
     return ", ".join(parts) or "-"
