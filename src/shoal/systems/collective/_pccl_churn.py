@@ -33,11 +33,15 @@ def kill_list(scenario: Scenario) -> Scenario:
     return replace(scenario, faults=tuple(faults))
 
 
-def states(run: Run) -> dict[str, set[float]]:
-    """Digests of the state by step, one for each peer that has made it."""
-    found: dict[str, set[float]] = {}
+def states(run: Run) -> dict[tuple[str, str], set[float]]:
+    """Digests of the state by step and operation, one for each peer that has made it.
+
+    Where all who knew of a step are killed, others make it again, by another operation.
+    """
+    found: dict[tuple[str, str], set[float]] = {}
     for row in run.series("state"):
-        found.setdefault(dict(row.labels)["step"], set()).add(row.value)
+        labels = dict(row.labels)
+        found.setdefault((labels["step"], labels["operation"]), set()).add(row.value)
     return found
 
 

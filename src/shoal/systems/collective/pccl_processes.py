@@ -73,6 +73,9 @@ SYSTEM = System(
         "last step in its store; in the group it is a newcomer like any other",
         "steps are paced at 0.3 s, so that 200 of them fill the 60 s; the undisturbed run is not "
         "paced",
+        "where processes take longer to come up than to be killed, as on a busy machine, the last "
+        "member may die; the next ones then make steps again from an older store, and such a step "
+        "counts as another",
         "the master is not killed: without it a group cannot go on, as published",
     ),
     small=Budget(seeds=1, scenario={"rounds": 40}),
