@@ -94,9 +94,11 @@ def who_ends_together_ends_equal(run: Run) -> str | None:
         for peer in held:
             last[peer] = max(last.get(peer, (0, 0)), (step, operation))
     ends = {row.peer: row.value for row in run.series("end_state")}
+    made = {row.peer: row.value for row in run.series("steps")}
     by_step: dict[tuple[int, int], set[float]] = defaultdict(set)
     for peer, place in last.items():
-        if peer in ends:
+        # Whoever restarted without its store may have ended before it was back at that step.
+        if peer in ends and made.get(peer) == place[0]:
             by_step[place].add(ends[peer])
     for (step, _), found in by_step.items():
         if len(found) > 1:
