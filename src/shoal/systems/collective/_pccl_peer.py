@@ -90,7 +90,7 @@ class Trainer:
         peer.record("steps", self.common.steps)
         peer.record("payload_bytes", self.payload_bytes)
         peer.record("end_state", self.common.digest())
-        peer.record("params", self.common.params.clone())
+        peer.record("params", self.workload.there(self.common.params.clone()))
 
     async def work(self, params: Tensor, step: int) -> Tensor:
         """This peer's gradient: of one batch, or where its inner steps lead, backwards."""
@@ -130,7 +130,7 @@ class Trainer:
         if len(ballots):
             self._count(ballots, labels)
         if steps % self.workload.report_every == 0:
-            peer.record("params", self.common.params.clone())
+            peer.record("params", self.workload.there(self.common.params.clone()))
         if self.settings.keep:
             leaves, _ = tree.flatten(self.inner)
             inner = {f"inner/{place}": leaf for place, leaf in enumerate(leaves)}
