@@ -32,7 +32,7 @@ def _drawn(below: int, *path: Any) -> int:
 
 
 async def _searched(nodes: int, keys: int, gets: tuple[int, int]) -> list[list[tuple[bool, float]]]:
-    from kademlia.network import Server
+    from kademlia.network import Server  # pyright: ignore[reportMissingImports]
 
     ports = _free_ports(nodes)
     servers = [Server() for _ in range(nodes)]

@@ -121,7 +121,7 @@ def _call_grpc(_: str, port: int) -> tuple[Callable[[bytes], Callable[[], Any]],
 
 
 def _lattica_node(port: int, bootstraps: list[str]) -> tuple[Any, Any]:
-    import lattica
+    import lattica  # pyright: ignore[reportMissingImports]
 
     package: Any = lattica  # its decorators come from a compiled module without types
 
