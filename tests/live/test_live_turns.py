@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import select
 import socket
-import threading
 from collections.abc import Callable
 from itertools import groupby
 
@@ -82,20 +81,24 @@ def test_a_small_message_waits_for_one_turn_of_however_many_floods(
         callers = [await asyncio.to_thread(call, address, source) for source in sources]
         honest = await asyncio.to_thread(call, address, 9)
 
-        def flood(caller: socket.socket) -> None:
-            # Without a pause: one that is read empty has a turn as anybody with news has.
-            with contextlib.suppress(OSError):
-                while True:
-                    caller.sendall(frames)
+        sent = dict.fromkeys(callers, 0)
 
-        threads = [threading.Thread(target=flood, args=(caller,)) for caller in callers]
+        def fill() -> None:
+            # Never read empty: one that is has a turn at once, as anybody with news has.
+            for caller in callers:
+                with contextlib.suppress(BlockingIOError):
+                    while True:
+                        sent[caller] += caller.send(frames[sent[caller] % len(frames) :])
+
         try:
-            for thread in threads:
-                thread.start()
+            for caller in callers:
+                caller.setblocking(False)
+            fill()
             got = pair.owners[1].got
             await until(lambda: {s for s, _, _ in got} == set(sources))
             for number in range(8):
                 before = len(got)
+                fill()
                 honest.sendall(b"".join(codec.encode(Note(f"{number}"))))
                 # The system may take its time; the loop stands still until it is there.
                 there = pair.peers[1].incoming[9].lanes[0]._socket
@@ -111,11 +114,7 @@ def test_a_small_message_waits_for_one_turn_of_however_many_floods(
                 assert len(turns) > 2 * floods
         finally:
             for each in (*callers, honest):
-                with contextlib.suppress(OSError):
-                    each.shutdown(socket.SHUT_RDWR)
                 each.close()
             pair.close()
-            for thread in threads:
-                thread.join()
 
     run(scenario())
