@@ -109,6 +109,7 @@ def command(
         raise typer.Exit
     if what is None:
         raise UsageError("FILE_OR_NAME is missing (such as `shoal peer dpsgd`)")
+    from shoal.engine.live.garbage import keep_collections_short
     from shoal.engine.live.joining import Joining
     from shoal.lab.joined import run_peer
 
@@ -125,6 +126,7 @@ def command(
     if until_eof:
         threading.Thread(target=_follow, args=(stop,), daemon=True).start()
     teller = _Teller(quiet, json) if reports is None else _Reporter(reports)
+    keep_collections_short()
     run = run_peer(
         cell, joining, store="" if store is None else str(store), start_s=start_s,
         tell=teller.tell, stop=stop, observer=teller if isinstance(teller, _Reporter) else None,

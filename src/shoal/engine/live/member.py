@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from shoal.base.errors import ProgramError, UsageError
 from shoal.engine.live import control
 from shoal.engine.live.driver import Driver
+from shoal.engine.live.garbage import keep_collections_short
 from shoal.tensor.threads import one_thread
 
 Tell = Callable[[control.Report], None]
@@ -165,6 +166,7 @@ def _serve(pipe: Connection) -> None:
     writer.start()
     try:
         plan = _receive_plan(pipe)
+        keep_collections_short()
         with asyncio.Runner(loop_factory=asyncio.SelectorEventLoop) as runner:
             loop = runner.get_loop()
             driver = Driver(plan, lambda report: reports.put(_portable(report)), loop)
