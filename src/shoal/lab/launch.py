@@ -140,7 +140,7 @@ def bound(what: Any, scenario: Scenario, pieces: Pieces, seed: int) -> Any:
     aggregator, transform = _defaults(pieces)
     workload = Workload(
         pieces.task, aggregator, transform, scenario.rounds, scenario.seconds, seed,
-        max(1, scenario.eval_every),
+        max(1, scenario.eval_every), topology=pieces.topology,
     )  # fmt: skip
     return bind(workload)
 

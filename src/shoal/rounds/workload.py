@@ -11,6 +11,7 @@ from shoal.rounds.task import Task
 from shoal.rounds.transform import Transform
 from shoal.tensor import keyed, tree
 from shoal.tensor.types import Vector
+from shoal.world.topology import Topology
 
 T = TypeVar("T")
 
@@ -21,7 +22,9 @@ class Workload:
 
     A program with a method `bind(workload) -> Program` is bound to this before it runs; one
     without needs no data. transform is bound to the task's layout already. rounds: None = until
-    the horizon in seconds. report_every: rounds between records of "params".
+    the horizon in seconds. report_every: rounds between records of "params". topology: the
+    scenario's graph (`shoal.world.topology`) for programs that must know all of it in advance;
+    None = everybody may talk to everybody.
     """
 
     task: Task
@@ -31,6 +34,7 @@ class Workload:
     seconds: float | None
     seed: int
     report_every: int = 1
+    topology: Topology | None = None
 
     @cached_property
     def initial(self) -> Vector:
