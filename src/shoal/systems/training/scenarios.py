@@ -22,4 +22,10 @@ SCENARIOS = {
         topology={"name": "ring"}, links={"name": "links", "latency_s": 0.02},
         device={"name": "device", "flops_per_s": 1e8},
     ),
+    # 16 peers, each with a quadratic function of condition 30; a gradient takes 50 ms.
+    "quadratics": Scenario(
+        name="training.quadratics", peers=16, rounds=450, eval_every=5,
+        task={"name": "quadratics", "condition": 30.0}, topology={"name": "full"},
+        links={"name": "links", "latency_s": 0.01}, device={"name": "device", "overhead_s": 0.05},
+    ),
 }  # fmt: skip
