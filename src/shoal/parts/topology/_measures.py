@@ -1,14 +1,16 @@
-"""Measures of graphs and mixing matrices: connectedness, path length, spectral gap, soundness."""
+"""Measures of graphs and mixing matrices: connectedness, path length, spectral gap, resistance,
+soundness."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from scipy import sparse
-from scipy.linalg import eigvals, eigvalsh
+from scipy.linalg import eigvals, eigvalsh, inv
 from scipy.sparse import csgraph
 from scipy.sparse.linalg import ArpackError, LinearOperator, eigs, eigsh
 from torch import Tensor
@@ -20,6 +22,10 @@ from shoal.tensor.types import Index, Mask, Weight
 
 Matrix = Tensor | sparse.sparray | np.ndarray
 """A square matrix in any of the usual forms; `Topology.weights()` is one."""
+
+Edges = Sequence[tuple[int, int]] | NDArray[np.int64]
+"""Undirected pairs of peers, each once: [edges, 2]."""
+Numbers = Sequence[float] | NDArray[np.float64]
 
 _DENSE_PEERS = 512
 """Up to here all eigenvalues at once are faster than an iteration for the largest few."""
@@ -214,3 +220,101 @@ def metropolis_on_live_subgraph(sources: Index, alive: Mask) -> tuple[Weight, We
     larger = torch.maximum(degree.unsqueeze(-1), degree[..., index])
     weights = both.to(torch.float64) / (1.0 + larger)
     return weights, 1.0 - weights.sum(-1)
+
+
+def laplacian(peers: int, edges: Edges, rates: Numbers | None = None) -> NDArray[np.float64]:
+    """The weighted Laplacian of an undirected graph, float64 [peers, peers].
+
+    edges: int [edges, 2], each pair once; rates: one number per edge, None = 1 each. Entry (i, i)
+    is the sum of the rates at peer i, entry (i, j) minus that of the edge. Raises UsageError for
+    edges that leave the peers, loops, and rates that are negative, not finite or of another number.
+
+    >>> laplacian(3, [(0, 1), (1, 2)], [2.0, 3.0]).tolist()
+    [[2.0, -2.0, 0.0], [-2.0, 5.0, -3.0], [0.0, -3.0, 3.0]]
+    """
+    pairs, weight = _weighted(peers, edges, rates)
+    found = np.zeros((peers, peers))
+    first, second = pairs.T
+    for a, b, sign in (
+        (first, first, 1.0), (second, second, 1.0), (first, second, -1.0), (second, first, -1.0)
+    ):  # fmt: skip
+        np.add.at(found, (a, b), sign * weight)
+    return found
+
+
+def effective_resistance(
+    peers: int, edges: Edges, rates: Numbers | None = None, between: Edges | None = None
+) -> NDArray[np.float64]:
+    """What pairs of peers resist when every edge conducts its rate: float64 [pairs].
+
+    between: pairs of peers, None = the edges themselves, of which the rates times the resistances
+    then sum to peers - 1 (Foster 1949). Dense, O(peers^3). Raises UsageError when the graph is
+    disconnected, since then some pair resists without bound.
+
+    >>> effective_resistance(3, [(0, 1), (1, 2)], between=[(0, 2)]).tolist()
+    [2.0]
+    """
+    pairs, _ = _weighted(peers, edges, rates)
+    targets = pairs if between is None else _weighted(peers, between, None)[0]
+    matrix = laplacian(peers, edges, rates)
+    _algebraic_connectivity(matrix)
+    # With the constant vector lifted out of the kernel the inverse exists, and differences of
+    # entries do not see what was added.
+    inverse = inv(matrix + np.trace(matrix) / peers**2)
+    a, b = targets.T
+    return inverse[a, a] + inverse[b, b] - 2.0 * inverse[a, b]
+
+
+def gossip_constants(peers: int, edges: Edges, rates: Numbers | None = None) -> tuple[float, float]:
+    """(chi_1, chi_2) of pairwise gossip whose edge e happens `rates[e]` times per unit of time.
+
+    chi_1 = 1 / lambda_2 of the Laplacian: the time in which differences shrink by e; chi_2: half
+    of the largest effective resistance of an edge. chi_2 <= chi_1; both scale as 1 / rates. Without
+    rates the edges share one event per unit of time equally. Raises UsageError when the graph is
+    disconnected. Source: Even et al. 2021, section 4 (without the half); Nabli and Oyallon 2023,
+    section 3 (arXiv 2208.00779).
+
+    >>> chi_1, chi_2 = gossip_constants(4, [(0, 1), (0, 2), (0, 3)])
+    >>> round(chi_1, 12), round(chi_2, 12)
+    (3.0, 1.5)
+    """
+    pairs, _ = _weighted(peers, edges, rates)
+    if rates is None:
+        rates = np.full(len(pairs), 1.0 / max(1, len(pairs)))
+    if peers == 1:
+        return 0.0, 0.0
+    second = _algebraic_connectivity(laplacian(peers, edges, rates))
+    return 1.0 / second, float(effective_resistance(peers, edges, rates).max()) / 2.0
+
+
+def _algebraic_connectivity(matrix: NDArray[np.float64]) -> float:
+    """lambda_2 of a Laplacian, positive."""
+    peers = len(matrix)
+    if peers < 2:
+        return 1.0
+    second = float(eigvalsh(matrix, subset_by_index=[1, 1])[0])
+    if second <= 1e-12 * max(np.trace(matrix), 1e-300):
+        count = int(components(np.abs(matrix)).max()) + 1
+        raise UsageError(
+            f"gossip: the edges with a rate leave {count} components (add edges, or raise rates)"
+        )
+    return second
+
+
+def _weighted(
+    peers: int, edges: Edges, rates: Numbers | None
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    pairs = np.asarray(edges, dtype=np.int64).reshape(-1, 2)
+    outside = (pairs < 0) | (pairs >= peers)
+    if outside.any() or (pairs[:, 0] == pairs[:, 1]).any():
+        bad = pairs[outside.any(1) | (pairs[:, 0] == pairs[:, 1])][0]
+        raise UsageError(
+            f"gossip: edge {tuple(bad.tolist())}; need two different peers from 0 to {peers - 1}"
+        )
+    weight = np.ones(len(pairs)) if rates is None else np.asarray(rates, dtype=np.float64)
+    if weight.shape != (len(pairs),):
+        raise UsageError(f"gossip: {weight.size} rates for {len(pairs)} edges; need one each")
+    if not (np.isfinite(weight).all() and (weight >= 0).all()):
+        wrong = weight[~(np.isfinite(weight) & (weight >= 0))][0]
+        raise UsageError(f"gossip: rate {wrong}; need a finite number >= 0")
+    return pairs, weight

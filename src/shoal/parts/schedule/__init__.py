@@ -1,0 +1,1 @@
+"""When peers act that keep no common rounds."""
