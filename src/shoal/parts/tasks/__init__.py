@@ -6,11 +6,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from shoal.parts.tasks._flow import Flow, Routing
     from shoal.parts.tasks._splits import Split, shards_of
     from shoal.parts.tasks.base import ModuleTask, task_of
 
-_PLACES = {"ModuleTask": "base", "task_of": "base", "Split": "_splits", "shards_of": "_splits"}
-__all__ = ["ModuleTask", "Split", "shards_of", "task_of"]
+_PLACES = {
+    "Flow": "_flow", "ModuleTask": "base", "Routing": "_flow", "Split": "_splits",
+    "shards_of": "_splits", "task_of": "base",
+}  # fmt: skip
+__all__ = ["Flow", "ModuleTask", "Routing", "Split", "shards_of", "task_of"]
 
 
 def __getattr__(name: str) -> Any:

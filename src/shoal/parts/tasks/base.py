@@ -138,13 +138,14 @@ class ModuleTask:
         return Shard(split.index[peer], split.size[peer], labels, until)
 
     def joined(self, tasks: Sequence[Task]) -> ModuleTask:
-        out = ModuleTask()
         for task in tasks:
             if not isinstance(task, ModuleTask) or not self._shares_with(task):
                 raise UsageError(
                     "task: seeds that run together must share samples, model and loss (run them "
                     "one by one)"
                 )
+        # A subclass keeps its own rules for batches; its settings stay those of this task.
+        out = object.__new__(type(self))
         vars(out).update(vars(self))
         shares = [task.shares for task in tasks if isinstance(task, ModuleTask)]
         most = max(share.index.shape[-1] for share in shares)
@@ -156,7 +157,7 @@ class ModuleTask:
         until = None
         if self.shares.until is not None:
             until = torch.cat([share.until for share in shares if share.until is not None])
-        out.shares, out.peers = Shard(index, size, labels, until), int(size.shape[0])
+        vars(out).update(shares=Shard(index, size, labels, until), peers=int(size.shape[0]))
         return out
 
     def _shares_with(self, other: ModuleTask) -> bool:

@@ -15,6 +15,12 @@ SCENARIOS = {
         },
         device={"name": "device", "flops_per_s": 8.1e4, "spread": 0.42},
     ),
+    # 8 peers that each have a cluster of samples of a mixture of Gaussians in the plane.
+    "flow_gaussians": Scenario(
+        name="training.flow_gaussians", peers=8, rounds=30, eval_every=5,
+        task={"name": "flow_gaussians", "split": "clusters"},
+        links={"name": "links", "latency_s": 0.02}, device={"name": "device", "flops_per_s": 1e9},
+    ),
     # 32 peers on a ring with unequal label mixes of real 8x8 digits.
     "digits_ring": Scenario(
         name="training.digits_ring", peers=32, rounds=60, eval_every=5, measures=("flatness",),

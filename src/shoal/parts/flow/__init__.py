@@ -1,0 +1,1 @@
+"""Flow matching: paths, exact flows, partitions of data, ensembles, samplers and distances."""
