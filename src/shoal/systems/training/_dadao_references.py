@@ -40,7 +40,8 @@ class World:
         """The Laplacian over its largest eigenvalue [peers, peers]; its smallest positive one."""
         matrix = laplacian(len(self.start), self.rates.edges)
         values = eigvalsh(matrix)
-        return matrix / float(values[-1]), float(values[1] / values[-1])
+        scaled = np.asarray(matrix / values[-1], dtype=np.float64)
+        return scaled, float(values[1] / values[-1])
 
     def gradient(self, points: Array) -> Array:
         away = points - self.problem.centres

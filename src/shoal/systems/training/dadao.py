@@ -7,7 +7,7 @@ comes; a gradient moves three of them, an exchange of one vector each way the ot
 of gradients grows with the square root of the condition number, and that of exchanges with the
 square root of two constants of the graph: how slowly it mixes, and how much its worst edge resists.
 
-The peer program runs in virtual time and on sockets; `strongly-convex` runs the same events in a
+The peer program runs in virtual time and on sockets; `dadao-counted` runs the same events in a
 compiled loop, beside the methods that DADAO is compared with.
 
 Nabli and Oyallon 2023 (arXiv 2208.00779).
@@ -150,12 +150,12 @@ INVARIANTS = (measured.exchanges_count_once, measured.both_ends_apply, measured.
 
 
 def _race(method: str = "dadao", peers: int = 16, **more: object) -> Arm:
-    """An arm of `strongly-convex`; more: of the scenario, and of the method."""
+    """An arm of `dadao-counted`; more: of the scenario, and of the method."""
     scenario: dict[str, object] = {"peers": peers}
     for key in ("topology", "condition"):
         if key in more:
             scenario["task.condition" if key == "condition" else key] = more.pop(key)
-    return Arm(system="strongly-convex", set={"method": method, **more}, scenario=scenario)
+    return Arm(system="dadao-counted", set={"method": method, **more}, scenario=scenario)
 
 
 _CYCLE = {"name": "ring"}

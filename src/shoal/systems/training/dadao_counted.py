@@ -46,7 +46,7 @@ BURN_IN = 0.1
 _POINTS = 200
 
 
-def strongly_convex(
+def dadao_counted(
     scenario: Scenario, method: Method = "dadao", rates: Rates = "uniform", slow: float = 1.0,
     precision: float = 1e-6, lr: float = 1.0,
 ) -> Run:  # fmt: skip
@@ -202,10 +202,10 @@ def _iterate(
 
 
 SYSTEM = System(
-    name="strongly-convex",
+    name="dadao-counted",
     kind="study",
     title="Decentralised methods on quadratics: gradients, exchanges and time to a precision",
-    make=strongly_convex,
+    make=dadao_counted,
     source=Source(
         "Nabli and Oyallon 2023",
         "DADAO: Decoupled Accelerated Decentralized Asynchronous Optimization",
