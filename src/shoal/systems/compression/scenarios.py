@@ -9,4 +9,11 @@ SCENARIOS = {
         task={"name": "digits", "split": "dirichlet", "alpha": 0.5, "hidden": [256, 256]},
         exchange={"name": "star"},
     ),
+    # 8 machines that share turned digits, for a model of 4,810 parameters that knows upright ones.
+    "rotated_digits": Scenario(
+        name="compression.rotated_digits", peers=8, rounds=3000, eval_every=100, eval_peers=1,
+        task={"name": "rotated_digits", "split": "iid"},
+        links={"name": "links", "latency_s": 0.02},
+        device={"name": "device", "flops_per_s": 1e8},
+    ),
 }  # fmt: skip

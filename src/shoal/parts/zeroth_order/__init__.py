@@ -1,0 +1,1 @@
+"""Learning from losses alone: shared noise, two-point estimates, numbers in one byte, replay."""
