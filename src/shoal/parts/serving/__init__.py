@@ -1,0 +1,1 @@
+"""Serving what clients send: shared objects, placement, trees of aggregators."""

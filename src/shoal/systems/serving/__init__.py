@@ -1,0 +1,1 @@
+"""Systems that serve models and what clients send to them."""
