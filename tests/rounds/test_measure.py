@@ -96,7 +96,7 @@ def test_costly_measures_are_taken_once_of_the_last_mean_model() -> None:
         asked.append(params.tolist())
         return {"flatness": 7.0}
 
-    measure = Measure(Bare(2), final=(flat,))
+    measure = Measure(Bare(2), of_mean=(flat,))
     for round in range(12):
         for peer in range(2):
             measure.params(peer, round, float(round), model(float(round + peer)))

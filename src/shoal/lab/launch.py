@@ -140,7 +140,8 @@ def bound(what: Any, scenario: Scenario, pieces: Pieces, seed: int) -> Any:
     aggregator, transform = _defaults(pieces)
     workload = Workload(
         pieces.task, aggregator, transform, scenario.rounds, scenario.seconds, seed,
-        max(1, scenario.eval_every), topology=pieces.topology,
+        max(1, scenario.eval_every), scenario.initial == "independent",
+        topology=pieces.topology,
     )  # fmt: skip
     return bind(workload)
 
@@ -148,8 +149,11 @@ def bound(what: Any, scenario: Scenario, pieces: Pieces, seed: int) -> Any:
 def _defaults(pieces: Pieces) -> tuple[Any, Any]:
     from shoal.parts import find
 
+    spec = pieces.task.spec
     transform = pieces.transform or find("transform", "identity")()
-    return pieces.aggregator or find("aggregate", "mean")(), transform.bind(pieces.task.spec)
+    aggregator = pieces.aggregator or find("aggregate", "mean")()
+    bind = getattr(aggregator, "bind", None)
+    return aggregator if bind is None else bind(spec), transform.bind(spec)
 
 
 def program_of(what: Any, scenario: Scenario, seed: int) -> tuple[Any, Network]:
@@ -185,6 +189,11 @@ def method_of(
     if exchange is None:
         topology = pieces.topology or find("topology", "full")(scenario.peers)
         exchange = find("exchange", "gossip")(topology)
+    if pieces.aggregator is not None and hasattr(what, "combine"):
+        raise UsageError(
+            f"aggregator {type(pieces.aggregator).__name__}: {type(what).__name__} combines what "
+            "its peers hear by itself (leave the aggregator out)"
+        )
     aggregator, transform = _defaults(pieces)
     network = network_of(scenario, pieces)
     restarts = any(f.kind == "crash" and f.until is not None for f in pieces.faults)
@@ -192,6 +201,7 @@ def method_of(
         what, pieces.task, exchange, aggregator, transform, scenario.rounds,
         scenario.round_s or 1.0, seed, pieces.attack if pieces.byzantine else None,
         pieces.byzantine, scenario.eval_every or scenario.rounds, int(restarts),
+        scenario.initial == "independent",
     )  # fmt: skip
     if scenario.round_s is None:
         method = replace(method, round_s=max(least_s, round_seconds(method, network)))
@@ -203,10 +213,10 @@ def measure_of(scenario: Scenario, pieces: Pieces, seed: int) -> Measure:
     from shoal.parts import find
     from shoal.rounds.measure import Measure
 
-    final = tuple(find("measure", name)() for name in scenario.measures)
+    of_mean = tuple(find("measure", name)() for name in scenario.measures)
     return Measure(
         pieces.task, seed=seed, byzantine=pieces.byzantine, evaluated=scenario.eval_peers,
-        final=final,
+        of_mean=of_mean,
     )  # fmt: skip
 
 

@@ -63,6 +63,7 @@ _HINTS: Mapping[str, Any] = {
     "name": str, "peers": int, "rounds": int | None, "seconds": float | None, "seed": int,
     "round_s": float | None, "eval_every": int, "eval_every_s": float | None,
     "eval_peers": int | None, "measures": tuple[str, ...], "byzantine": int | tuple[int, ...],
+    "initial": Literal["common", "independent"],
 }  # fmt: skip
 _ENGINE_HINTS: Mapping[str, Any] = {
     "batching": Literal["lazy", "off"], "strict": bool, "device": str, "processes": int,
@@ -79,6 +80,7 @@ class Scenario:
     for programs without rounds; eval_peers: how many peers are evaluated, None = all; measures:
     what else is measured of the last mean model, such as "flatness" (parts of the role `measure`);
     byzantine: ids, or a count that is placed by key;
+    initial: whether peers begin with common parameters, or each with its own random ones;
     nats: how many peers are behind a NAT box of each kind, the first ones, shuffled by key; the
     others are public; settings of all boxes, such as `messages`, stand beside the kinds (see
     `shoal.world.nat`);
@@ -107,6 +109,7 @@ class Scenario:
     transform: Any = None
     attack: Any = None
     byzantine: int | tuple[int, ...] = 0
+    initial: Literal["common", "independent"] = "common"
     links: Any = None
     device: Any = None
     nats: Mapping[str, Any] | tuple[tuple[str, Any], ...] = ()

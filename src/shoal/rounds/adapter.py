@@ -23,6 +23,7 @@ from shoal.wire.message import Packed, message
 
 T = TypeVar("T")
 _BYTES = (bytes, bytearray, memoryview)
+_NOTHING: Mapping[str, Tensor] = {}
 
 
 @message(tag=("round", "hop"))
@@ -38,10 +39,11 @@ class Update:
 
 @message(tag=("round",))
 class Model:
-    """The hub's parameters at the start of a round."""
+    """The hub's parameters at the start of a round, and what the strategy gives beside them."""
 
     round: int
     params: Tensor
+    extra: dict[str, Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,12 +111,13 @@ class Rounds:
         method = self.method
         on = method.working(round)
         wave = method.waves(round)[0]
-        model = Model(round, own.hub_params)
+        given = phases.down(own.hub_state, method)
+        model = Model(round, own.hub_params, given)
         for client in range(method.peers):
             if on[client] and client != peer.id:
                 await peer.send(PeerId(client), model)
         if on[peer.id]:
-            await self._work(peer, own, round, own.hub_params)
+            await self._work(peer, own, round, own.hub_params, given)
         else:
             own.rest(own.hub_params)
         heard = await self._hear(peer, own, wave, round, 0, 1)
@@ -144,12 +147,13 @@ class Rounds:
         received = own.there(envelope.message.params)
         if method.reports(round):
             peer.record("params", received)
-        await self._work(peer, own, round, received)
+        await self._work(peer, own, round, received, own.there(dict(envelope.message.extra)))
         await self._spread(peer, own, method.waves(round)[0], round, 0)
 
     async def _work(
-        self, peer: Peer, own: _Own, round: int, received: Vector | None = None
-    ) -> None:
+        self, peer: Peer, own: _Own, round: int, received: Vector | None = None,
+        given: Mapping[str, Tensor] = _NOTHING,
+    ) -> None:  # fmt: skip
         """Local work, and what others will get from it."""
         method, cost = self.method, self.method.work_cost
         own.key = method.keys(round)[peer.id]
@@ -162,15 +166,15 @@ class Rounds:
                 )  # fmt: skip
             else:
                 done = await peer.compute(
-                    phases.adopt_and_work, own.state, received, own.codec, own.shard, own.key,
-                    static=(method, round), cost=cost,
+                    phases.adopt_and_work, own.state, received, given, own.codec, own.shard,
+                    own.key, static=(method, round), cost=cost,
                 )  # fmt: skip
             own.state, own.codec, own.payload, own.sent, own.weight, own.extra = done
             self.adversary.offer(round, 0, peer.id, own.sent)
             own.current = own.sent
             return
         if received is not None:
-            own.state = phases.adopt(own.state, received, own.shard, own.key, method, round)
+            own.state = phases.adopt(own.state, received, given, own.shard, own.key, method, round)
         own.state, vector, own.weight, own.extra = await peer.compute(
             phases.local, own.state, own.shard, own.key, static=(method, round), cost=cost
         )
@@ -259,9 +263,10 @@ class _Own:
         self.peer = peer
         self.device = method.initial.device
         self.shard = method.shard(peer.id)
-        self.state = strategy.init(method.initial)
-        self.codec = method.transform.init(method.initial)
-        self.hub_state = strategy.init(method.initial)
+        initial = method.start(peer.id)
+        self.state = strategy.init(initial)
+        self.codec = method.transform.init(initial)
+        self.hub_state = strategy.init(initial)
         self.weight: Tensor | None = None
         self.extra: Mapping[str, Tensor] = {}
         self.method = method

@@ -20,6 +20,7 @@ class Aggregator(Protocol):
         self, x: Stack, *, mask: Mask, weight: Weight | None = None, center: Vector | None = None
     ) -> Vector: ...
 
+    # Optional: bind(spec) -> the rule for parameters of this layout (rules that look at layers).
     # Optional, for linear rules: mix(weight, x, center=None) with weight [receivers, senders]
     # (CSR or dense) and x [..., senders, dim] replaces the gather of [receivers, k, dim] by one
     # product; a receiver without a finite sender gets its center [..., receivers, dim], or zeros.

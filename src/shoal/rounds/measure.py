@@ -4,7 +4,7 @@ Per peer: the task's own metrics (`accuracy`, `loss`). Over all honest peers tha
 round, with peer -1: `consensus` (mean squared distance to the mean model, [dim] not averaged),
 `drift` (distance of the farthest peer to the mean model) and the metrics of the mean model as
 `mean_model_accuracy`, `mean_model_loss`. Costly measures that a scenario names (`measures`, the
-role `measure`) are taken once, of the mean model of the last round.
+role `measure`) are taken once, of the mean model of the last round, unless they say `each`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ from shoal.world.record import Row
 
 
 class ModelMeasure(Protocol):
-    """What is worth knowing about one model, such as its flatness."""
+    """What is worth knowing about one model, such as its flatness.
+
+    With `each = True` on the class it is taken whenever models are evaluated, not at the end alone.
+    """
 
     def __call__(self, task: Task, params: Vector) -> Mapping[str, float]:
         """Numbers by name for parameters [dim]."""
@@ -32,16 +35,17 @@ class ModelMeasure(Protocol):
 class Measure:
     """Collects models by round and evaluates them in batches; an `Observer` of the event engine.
 
-    evaluated: how many honest peers are evaluated one by one (drawn by key; None = all); final:
-    what is taken of the last round's mean model.
+    evaluated: how many honest peers are evaluated one by one (drawn by key; None = all); of_mean:
+    what is taken of mean models, see `ModelMeasure`.
     """
 
     def __init__(
         self, task: Task, *, seed: int = 0, byzantine: tuple[int, ...] = (),
-        evaluated: int | None = None, final: Sequence[ModelMeasure] = (),
+        evaluated: int | None = None, of_mean: Sequence[ModelMeasure] = (),
     ) -> None:  # fmt: skip
         self.task = task
-        self._final = tuple(final)
+        self._each = tuple(m for m in of_mean if getattr(m, "each", False))
+        self._final = tuple(m for m in of_mean if m not in self._each)
         self.last: tuple[int, float, Tensor] | None = None
         """round, time and mean model of the round that was closed last"""
         honest = [p for p in range(task.peers) if p not in set(byzantine)]
@@ -81,12 +85,17 @@ class Measure:
             self._close(round)
         if self.last is not None:
             round, time_s, mean = self.last
-            for measure in self._final:
-                found = measure(self.task, mean).items()
-                self.taken.extend(Row(name, float(value), time_s, round) for name, value in found)
+            self._take(self._final, round, time_s, mean)
             self.last = None
         rows, self.taken = self.taken, []
         return sorted(rows, key=lambda row: row.round)
+
+    def _take(
+        self, measures: Sequence[ModelMeasure], round: int, time_s: float, mean: Tensor
+    ) -> None:
+        for measure in measures:
+            found = measure(self.task, mean).items()
+            self.taken.extend(Row(name, float(value), time_s, round) for name, value in found)
 
     def _close(self, round: int) -> None:
         group = self._open.pop(round)
@@ -117,6 +126,7 @@ class Measure:
         self.taken.extend(
             Row(name, number, last, round) for name, number in zip(whole, numbers, strict=True)
         )
+        self._take(self._each, round, last, mean)
         chosen = [p for p in peers if p in self._chosen]
         if not chosen:
             return

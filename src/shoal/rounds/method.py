@@ -57,6 +57,7 @@ class Method:
     transform: already bound to `task.spec`. round_s: seconds from one round's deadline to the next.
     report_every: parameters are recorded after every so many rounds, and after the last.
     checkpoint_every: rounds between commits to the peer's store; 0 = never.
+    independent: every peer draws initial parameters of its own; a hub's go to its clients.
     worlds: how many seeds' tasks are joined in `task` (lockstep runs seeds together).
     """
 
@@ -72,6 +73,7 @@ class Method:
     byzantine: tuple[int, ...] = ()
     report_every: int = 1
     checkpoint_every: int = 0
+    independent: bool = False
     worlds: int = 1
     _waves: dict[int, tuple[Wave, ...]] = field(default_factory=dict, repr=False)
     _active: dict[int, Tensor] = field(default_factory=dict, repr=False)
@@ -90,6 +92,11 @@ class Method:
                 f"rounds={self.rounds}, round_s={self.round_s}; need at least one round of "
                 "positive length"
             )
+        if self.exchange.hub is None and getattr(self.strategy, "needs_hub", False):
+            raise UsageError(
+                f"{type(self.strategy).__name__} needs a hub, and {type(self.exchange).__name__} "
+                "has none (set exchange = 'star')"
+            )
         if self.byzantine and self.attack is None:
             raise UsageError("byzantine peers without an attack (name one, or set byzantine to 0)")
         if len(self.byzantine) >= peers:
@@ -102,9 +109,20 @@ class Method:
         return self.exchange.peers
 
     @cached_property
+    def combines(self) -> bool:
+        """Whether the strategy takes the aggregator's place."""
+        return hasattr(self.strategy, "combine")
+
+    @cached_property
     def initial(self) -> Vector:
-        """The common initial parameters [dim]."""
+        """The common initial parameters [dim]; with `independent` no peer's, but of their kind."""
         return self.task.init(keyed.key_of(self.seed, "init"))
+
+    def start(self, peer: int) -> Vector:
+        """A peer's initial parameters [dim]."""
+        if not self.independent:
+            return self.initial
+        return self.task.init(keyed.key_of(self.seed, "init", peer))
 
     def shard(self, peer: int | Tensor) -> Shard:
         """A peer's own data, poisoned if the peer is Byzantine and the attack poisons."""
@@ -222,13 +240,17 @@ def _held(shard: Shard, round: int) -> Shard:
     return replace(shard, size=size)
 
 
+def _step(shard: Shard, key: Key, method: Method, round: int, **more: Any) -> Step:
+    active = torch.ones_like(key, dtype=torch.bool)
+    held = _held(shard, round)
+    return Step(round, method.task, held, key, active, peers=method.peers, **more)
+
+
 def local(
     state: Any, shard: Shard, key: Key, method: Method, round: int
 ) -> tuple[Any, Vector, Tensor | None, Mapping[str, Tensor]]:
     """strategy.local as (state, vector, weight, extra)."""
-    active = torch.ones_like(key, dtype=torch.bool)
-    step = Step(round, method.task, _held(shard, round), key, active)
-    state, parcel = method.strategy.local(state, step)
+    state, parcel = method.strategy.local(state, _step(shard, key, method, round))
     assert isinstance(parcel, Parcel)
     return state, parcel.vector, parcel.weight, dict(parcel.extra)
 
@@ -250,21 +272,29 @@ def work(
     return state, codec, payload, sent, weight, extra
 
 
-def adopt(state: Any, received: Vector, shard: Shard, key: Key, method: Method, round: int) -> Any:
-    """A client takes the hub's parameters."""
+def down(state: Any, method: Method) -> dict[str, Tensor]:
+    """strategy.down, or nothing: what goes to a hub's clients beside its parameters."""
+    found = getattr(method.strategy, "down", None)
+    return {} if found is None else dict(found(state))
+
+
+def adopt(
+    state: Any, received: Vector, given: Mapping[str, Tensor], shard: Shard, key: Key,
+    method: Method, round: int,
+) -> Any:  # fmt: skip
+    """A client takes the hub's parameters, and what came with them."""
     taking = getattr(method.strategy, "adopt", None)
     if taking is None:
         return method.strategy.init(received)
-    active = torch.ones_like(key, dtype=torch.bool)
-    step = Step(round, method.task, _held(shard, round), key, active)
-    return taking(state, received, step)
+    return taking(state, received, _step(shard, key, method, round, given=given))
 
 
 def adopt_and_work(
-    state: Any, received: Vector, codec: Any, shard: Shard, key: Key, method: Method, round: int
-) -> tuple[Any, Any, Payload, Vector, Tensor | None, Mapping[str, Tensor]]:
+    state: Any, received: Vector, given: Mapping[str, Tensor], codec: Any, shard: Shard, key: Key,
+    method: Method, round: int,
+) -> tuple[Any, Any, Payload, Vector, Tensor | None, Mapping[str, Tensor]]:  # fmt: skip
     """A client's round under a hub."""
-    state = adopt(state, received, shard, key, method, round)
+    state = adopt(state, received, given, shard, key, method, round)
     return work(state, codec, shard, key, method, round)
 
 
@@ -292,19 +322,40 @@ def combine(
     taught: Tensor | None, extras: tuple[Mapping[str, Tensor], ...], method: Method,
 ) -> tuple[Vector, Tensor, dict[str, Tensor]]:  # fmt: skip
     """(aggregate [..., dim], rows that counted [...], combined extras); own row first."""
-    decode = method.transform.decode
-    rows = [own, *[decode(payload) for payload in payloads]]
-    # What a peer hears lies in one tensor already where engines could see to that.
-    x = tree.stack_tensors(rows).movedim(0, -2)
+    x = _rows(own, payloads, method)
     mask, weight = weights_of(mask, mixing, taught)
     vector = method.aggregator(x, mask=mask, weight=weight, center=own)
+    return vector, mask.sum(-1), combine_extras(shares(mask, weight), extras)
+
+
+def _rows(own: Vector, payloads: tuple[Payload, ...], method: Method) -> Tensor:
+    """[..., k + 1, dim], own first."""
+    decode = method.transform.decode
+    # What a peer hears lies in one tensor already where engines could see to that.
+    return tree.stack_tensors([own, *[decode(payload) for payload in payloads]]).movedim(0, -2)
+
+
+def shares(mask: Mask, weight: Tensor | None) -> Tensor:
+    """What each row counts in a weighted mean: float64 [..., k + 1], of sum 1."""
     share = mask.to(torch.float64) if weight is None else weight.to(torch.float64)
     total = share.sum(-1, keepdim=True)
-    # A peer that heard nobody, itself included, keeps its own extras.
+    # A peer that heard nobody, itself included, keeps its own.
     alone = torch.zeros_like(share)
     alone[..., 0] = 1.0
-    share = torch.where(total > 0, share / torch.where(total > 0, total, 1.0), alone)
-    return vector, mask.sum(-1), combine_extras(share, extras)
+    return torch.where(total > 0, share / torch.where(total > 0, total, 1.0), alone)
+
+
+def own_combine(
+    state: Any, rows: Tensor, mask: Mask, weight: Tensor | None, extra: Mapping[str, Tensor],
+    sent: Vector, shard: Shard, key: Key, method: Method, round: int,
+) -> Heard:  # fmt: skip
+    """strategy.combine on rows [..., k + 1, dim] and extras [..., k + 1, *]."""
+    step = _step(shard, key, method, round, sent=sent)
+    heard = method.strategy.combine(  # type: ignore[attr-defined]
+        state, rows, mask, shares(mask, weight), extra, step
+    )
+    assert isinstance(heard, Heard)
+    return heard
 
 
 def combine_extras(share: Tensor, extras: tuple[Mapping[str, Tensor], ...]) -> dict[str, Tensor]:
@@ -321,9 +372,7 @@ def apply(
     state: Any, heard: Heard, sent: Vector, shard: Shard, key: Key, method: Method, round: int
 ) -> tuple[Any, Vector]:
     """strategy.apply as (state, parameters)."""
-    active = torch.ones_like(key, dtype=torch.bool)
-    step = Step(round, method.task, _held(shard, round), key, active, sent)
-    state = method.strategy.apply(state, heard, step)
+    state = method.strategy.apply(state, heard, _step(shard, key, method, round, sent=sent))
     return state, method.strategy.params(state)
 
 
@@ -333,8 +382,17 @@ def conclude(
     key: Key, method: Method, round: int,
 ) -> tuple[Any, Vector]:  # fmt: skip
     """The last hop: combine, then apply. `own` is aggregated, `sent` is the first payload."""
-    vector, count, extra = combine(own, payloads, mask, mixing, taught, extras, method)
-    return apply(state, Heard(vector, count, extra), sent, shard, key, method, round)
+    if method.combines:
+        rows = _rows(own, payloads, method)
+        mask, weight = weights_of(mask, mixing, taught)
+        names = extras[0] if extras else ()
+        extra = {name: torch.stack([each[name] for each in extras], key.dim()) for name in names}
+        heard = own_combine(
+            state, rows, mask, weight, extra, sent, shard, key, method, round
+        )  # fmt: skip
+    else:
+        heard = Heard(*combine(own, payloads, mask, mixing, taught, extras, method))
+    return apply(state, heard, sent, shard, key, method, round)
 
 
 def report(state: Any, method: Method) -> Mapping[str, Tensor]:

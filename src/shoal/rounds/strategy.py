@@ -21,7 +21,9 @@ class Step:
     """What a strategy may look at in one round.
 
     round: the same for all rows; shard, key, active: one per row; sent: this round's own payload
-    after encode and decode, [..., dim] (only in `apply`; CHOCO and EF21 need it).
+    after encode and decode, [..., dim] (only in `combine` and `apply`; CHOCO and EF21 need it);
+    given: what came down with a hub's parameters (only in `adopt`; see `Strategy.down`);
+    peers: how many the run has.
     """
 
     round: int
@@ -30,6 +32,8 @@ class Step:
     key: Key
     active: Mask
     sent: Vector | None = None
+    given: Mapping[str, Tensor] = field(default_factory=dict)
+    peers: int = 1
 
 
 @dataclass(frozen=True)
@@ -79,5 +83,13 @@ class Strategy(Protocol):
 
     # Optional: adopt(state, received, step) -> state. A client takes the hub's parameters; without
     # it the adapter uses `init(received)`, which forgets everything else that the client knew.
+    # Optional: needs_hub = True, on the class. Without a hub it would do something else: refused.
+    # Optional: down(state) -> dict of name -> [..., *]. What a hub gives its clients beside its
+    # parameters (a control variate, a mean gradient); they find it in `adopt` as `step.given`.
+    # Optional: combine(state, rows, mask, share, extra, step) -> Heard. In place of an aggregator,
+    # for methods that look at each message by itself (aligning models, telling kinds apart):
+    # rows [..., k + 1, dim] and extra name -> [..., k + 1, *], own first; mask bool [..., k + 1] is
+    # who was heard; share [..., k + 1] >= 0 sums to 1 over them. What it returns goes to `apply`.
+    # With several waves the earlier ones are averaged; with a hub the state is the hub's.
     # Optional: report(state) -> dict of name -> [...]. Numbers of a peer's own, recorded with its
     # parameters in every engine; peers of a hub have nothing to report.

@@ -88,7 +88,7 @@ class Unpaced:
         method = Method(
             self.strategy, workload.task, Nobody(workload.task.peers), workload.aggregator,
             workload.transform, rounds, self.period_s or 1.0, workload.seed,
-            report_every=workload.report_every,
+            report_every=workload.report_every, independent=workload.independent,
         )  # fmt: skip
         if not self.period_s:
             length = 4.0 * max(method.work_cost.flops / TYPICAL_FLOPS_PER_S, 0.05)
@@ -156,8 +156,9 @@ class _Own:
     def __init__(self, method: Method, peer: Peer) -> None:
         self.method = method
         self.shard = method.shard(peer.id)
-        self.state = method.strategy.init(method.initial)
-        self.codec = method.transform.init(method.initial)
+        initial = method.start(peer.id)
+        self.state = method.strategy.init(initial)
+        self.codec = method.transform.init(initial)
         self.news: dict[int, News] = {}
         done = peer.store.get("turn")
         self.turn = 0 if done is None else int.from_bytes(done, "little")

@@ -22,9 +22,10 @@ class Workload:
 
     A program with a method `bind(workload) -> Program` is bound to this before it runs; one
     without needs no data. transform is bound to the task's layout already. rounds: None = until
-    the horizon in seconds. report_every: rounds between records of "params". topology: the
-    scenario's graph (`shoal.world.topology`) for programs that must know all of it in advance;
-    None = everybody may talk to everybody.
+    the horizon in seconds. report_every: rounds between records of "params". independent: every
+    peer draws initial parameters of its own. topology: the scenario's graph
+    (`shoal.world.topology`) for programs that must know all of it in advance; None = everybody may
+    talk to everybody.
     """
 
     task: Task
@@ -34,12 +35,19 @@ class Workload:
     seconds: float | None
     seed: int
     report_every: int = 1
+    independent: bool = False
     topology: Topology | None = None
 
     @cached_property
     def initial(self) -> Vector:
-        """The common initial parameters [dim]."""
+        """The common initial parameters [dim]; with `independent` no peer's, but of their kind."""
         return self.task.init(keyed.key_of(self.seed, "init"))
+
+    def start(self, peer: int) -> Vector:
+        """A peer's initial parameters [dim]."""
+        if not self.independent:
+            return self.initial
+        return self.task.init(keyed.key_of(self.seed, "init", peer))
 
     def there(self, value: T) -> T:
         """A tree of tensors where the models are: a peer's keys and its mail are made elsewhere."""

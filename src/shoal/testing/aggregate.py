@@ -13,6 +13,7 @@ from torch import Tensor
 
 from shoal.rounds.aggregator import Aggregator
 from shoal.tensor import keyed
+from shoal.tensor.flat import FlatSpec
 from shoal.tensor.types import Mask, Stack, Vector
 
 _NAN, _INF = float("nan"), float("inf")
@@ -28,8 +29,12 @@ def check_aggregator(
     gives the center or zeros; permutation and translation equivariance (the latter unless the rule
     says `translation = False`); the bound `kappa` under `tolerates` arbitrary rows, where declared;
     `everyone`, `among` and `mix` against plain calls, where offered; and a run on the meta device.
+    A rule with `bind` is bound to a layout of two tensors.
     rows: choose enough for the rule's settings to leave a choice (ties have no order to keep).
     """
+    if hasattr(aggregator, "bind"):
+        bind: Any = aggregator.bind  # type: ignore[attr-defined]
+        aggregator = bind(FlatSpec(("weight", "bias"), ((dim - 1,), ())))
     key = keyed.key_of(seed, "check_aggregator")
     x = keyed.normal(keyed.grid(keyed.grid(keyed.grid(key, 4), rows), dim), dtype=torch.float64)
     # Row 0 is the receiver's own; about a quarter of the others are absent.

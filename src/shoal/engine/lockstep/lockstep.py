@@ -98,13 +98,13 @@ class _Work:
 
 
 def _work(
-    state: Any, received: Tensor | None, codec: Any, shard: Any, keys: Tensor, method: Method,
-    round: int,
+    state: Any, received: Tensor | None, given: Mapping[str, Tensor], codec: Any, shard: Any,
+    keys: Tensor, method: Method, round: int,
 ) -> _Work:  # fmt: skip
     if received is None:
         done = phases.work(state, codec, shard, keys, method, round)
     else:
-        done = phases.adopt_and_work(state, received, codec, shard, keys, method, round)
+        done = phases.adopt_and_work(state, received, given, codec, shard, keys, method, round)
     state, codec, payload, sent, weight, extra = done
     # Receivers see `sent`, so only the payload's size is needed: lockstep never packs.
     return _Work(state, codec, payload.size_bytes(), sent, weight, dict(extra))
@@ -155,10 +155,16 @@ class Lockstep:
         self.hubs_there = self._there(self.hub_rows)
         self.keys_there = self._there(torch.stack([w.key for w in self.worlds])).unsqueeze(-1)
         self.peers_there = torch.arange(first.peers, device=self.device)
-        everyone = initial.repeat_interleave(first.peers, 0)
+        if first.independent:
+            everyone = torch.stack([m.start(peer) for m in methods for peer in range(m.peers)])
+        else:
+            everyone = initial.repeat_interleave(first.peers, 0)
         self.state = first.strategy.init(everyone)
         self.codec = first.transform.init(everyone)
-        self.hub_state = first.strategy.init(initial) if self.hub is not None else None
+        self.hub_state = None
+        if self.hub is not None:
+            self.hub_state = first.strategy.init(everyone[self.hubs_there])
+        self.given: Mapping[str, Tensor] = {}
         self.adopted = everyone
         restarts = any(f.until is not None for n in networks for f in n.faults)
         self.fresh = (self.state, self.codec, self.hub_state) if restarts else None
@@ -265,7 +271,7 @@ class Lockstep:
             ]
             mesh = self._mesh(hop, slots, masks, [wave[hop] for wave in waves])
             heard = self._combine(
-                mesh, current, outgoing, special, work.weight, extra, last=hop == hops - 1
+                mesh, current, outgoing, special, work, extra, keys, round, last=hop == hops - 1
             )
             current, extra = heard.vector, heard.extra
         self._conclude(work, codec, heard, keys, round)
@@ -312,22 +318,25 @@ class Lockstep:
     def _down(self, round: int) -> Tensor:
         """The hub's parameters go to the active clients: [rows, dim] as each holds them now."""
         params = self.first.strategy.params(self.hub_state)
-        size = size_of(Model(round, params[0]))
+        given = phases.down(self.hub_state, self.shared)
+        size = size_of(Model(round, params[0], {name: value[0] for name, value in given.items()}))
         for world in self.worlds:
             world.lead(round, size)
         on = torch.cat([w.on for w in self.worlds])
+        self.given = {name: self._for_clients(value) for name, value in given.items()}
         if bool(on.all()):
-            # In one world everybody holds the same vector: a view spares a copy for each.
-            one = len(self.worlds) == 1
-            self.adopted = (
-                params.expand(self.total, -1)
-                if one
-                else params.repeat_interleave(self.first.peers, 0)
-            )
+            self.adopted = self._for_clients(params)
         else:
             rows = self._there(on.nonzero().flatten())
             self.adopted = self.adopted.index_copy(0, rows, params[rows // self.first.peers])
         return self.adopted
+
+    def _for_clients(self, value: Tensor) -> Tensor:
+        """A row for each peer of what the hubs [worlds, *] give."""
+        # In one world everybody holds the same: a view spares a copy for each.
+        if len(self.worlds) == 1:
+            return value.expand(self.total, *value.shape[1:])
+        return value.repeat_interleave(self.first.peers, 0)
 
     def _work(self, on: Tensor, keys: Tensor, round: int, received: Tensor | None) -> _Work:
         """Local work of the rows that take part; the other rows keep what they had."""
@@ -381,8 +390,8 @@ class Lockstep:
             batches.append(
                 (
                     tree.select(self.state, at), None if received is None else received[at],
-                    tree.select(self.codec, at), tree.select(shard, part), keys[at], self.shared,
-                    round,
+                    tree.select(self.given, at), tree.select(self.codec, at),
+                    tree.select(shard, part), keys[at], self.shared, round,
                 )
             )  # fmt: skip
         # One after the other where they run here, so that only one lives beside what they make.
@@ -435,24 +444,24 @@ class Lockstep:
 
     def _combine(
         self, mesh: _Mesh, current: Tensor, outgoing: Tensor, special: list[_Lies],
-        weight: Tensor | None, extra: Mapping[str, Tensor], *, last: bool,
+        work: _Work, extra: Mapping[str, Tensor], keys: Tensor, round: int, *, last: bool,
     ) -> Heard:  # fmt: skip
         """phases.combine for all receivers; rows that receive nothing keep their own vector.
 
         In the last hop to hubs the result has a row for each hub: nobody asks for the others.
         """
-        taught = None
+        taught, weight = None, work.weight
         if weight is not None:
             taught = torch.cat((weight[mesh.receiver].unsqueeze(-1), weight[mesh.source]), -1)
             taught = taught.to(torch.float64)
         mask, share = phases.weights_of(mesh.mask, mesh.mixing, taught)
-        vector = self._aggregate(mesh, mask, share, current, outgoing, special)
         hubs = last and mesh.to_hubs
-        portion = mask.to(torch.float64) if share is None else share
-        total = portion.sum(-1, keepdim=True)
-        alone = torch.zeros_like(portion)
-        alone[..., 0] = 1.0
-        portion = torch.where(total > 0, portion / torch.where(total > 0, total, 1.0), alone)
+        if last and self.shared.combines:
+            return self._own_combine(
+                mesh, mask, share, current, outgoing, special, work, extra, keys, round
+            )
+        vector = self._aggregate(mesh, mask, share, current, outgoing, special)
+        portion = phases.shares(mask, share)
         combined = {}
         for name, value in extra.items():
             rows = torch.cat((mesh.receiver.unsqueeze(-1), mesh.source), -1)
@@ -516,23 +525,60 @@ class Lockstep:
         outgoing: Tensor, special: list[_Lies],
     ) -> Tensor:  # fmt: skip
         """The rule on the stacks [receivers, k + 1, dim] of some receivers, in chunks."""
-        slots = mask.shape[-1]
-        step = max(1, self.settings.chunk_bytes // (4 * slots * current.shape[-1]))
         results = []
+        for part, x in self._stacks(mesh, places, current, outgoing, special):
+            weights = None if share is None else share[part]
+            made = self.first.aggregator(x, mask=mask[part], weight=weights, center=x[:, 0])
+            results.append(made)
+        return torch.cat(results)
+
+    def _stacks(
+        self, mesh: _Mesh, places: Tensor, current: Tensor, outgoing: Tensor, special: list[_Lies]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """(some receivers' places there, what they have in hand [receivers, k + 1, dim])."""
+        slots = mesh.source.shape[-1] + 1
+        step = max(1, self.settings.chunk_bytes // (4 * slots * current.shape[-1]))
         for here in places.split(step):
             part = self._there(here)
             receiver, source = mesh.receiver[part], mesh.source[part]
-            own = current[receiver]
             x = outgoing[torch.cat((receiver.unsqueeze(-1), source), -1)]
-            x[:, 0] = own
+            x[:, 0] = current[receiver]
             for lies in special:
                 receiver_row, slot, told, liar = lies.places(mesh, here)
                 x[self._there(receiver_row), self._there(slot)] = lies.vectors[
                     self._there(told), self._there(liar)
                 ]
-            weights = None if share is None else share[part]
-            results.append(self.first.aggregator(x, mask=mask[part], weight=weights, center=own))
-        return torch.cat(results)
+            yield part, x
+
+    def _own_combine(
+        self, mesh: _Mesh, mask: Tensor, share: Tensor | None, current: Tensor, outgoing: Tensor,
+        special: list[_Lies], work: _Work, extra: Mapping[str, Tensor], keys: Tensor, round: int,
+    ) -> Heard:  # fmt: skip
+        """strategy.combine for all receivers: a row for each peer, or for each hub."""
+        every = torch.arange(len(mesh.receiver))
+        pieces = []
+        for part, x in self._stacks(mesh, every, current, outgoing, special):
+            receiver = mesh.receiver[part]
+            columns = torch.cat((receiver.unsqueeze(-1), mesh.source[part]), -1)
+            if self.hub is None:
+                state, shard = tree.select(work.state, receiver), self.everyone
+                shard = tree.select(shard, receiver)
+            else:
+                state, shard = tree.select(self.hub_state, part), tree.select(self.hubs, part)
+            pieces.append(
+                phases.own_combine(
+                    state, x, mask[part], None if share is None else share[part],
+                    {name: value[columns] for name, value in extra.items()},
+                    work.sent[receiver], shard, keys[receiver], self.shared, round,
+                )
+            )  # fmt: skip
+        heard: Heard = tree.merge_trees(lambda several: torch.cat(several), pieces)
+        if self.hub is not None or len(mesh.receiver) == self.total:
+            return heard
+        raise UsageError(
+            f"{type(self.first.strategy).__name__} combines what it hears by itself; it needs an "
+            "exchange in which every peer receives, or a hub"
+        )
 
     def _conclude(self, work: _Work, codec: Any, heard: Heard, keys: Tensor, round: int) -> None:
         """strategy.apply, kept by the rows that lived to the end of the round."""

@@ -8,7 +8,7 @@ import torch
 
 from shoal.engine.lockstep.world import World
 from shoal.rounds.adapter import Model
-from shoal.rounds.method import Method
+from shoal.rounds.method import Method, down
 from shoal.tensor import keyed
 from shoal.wire.codec import size_of
 from shoal.world.network import Network
@@ -35,7 +35,8 @@ def round_seconds(method: Method, network: Network) -> float:
     frame = torch.full_like(world.peers, int(payload.size_bytes()) + 128)
     world.begin(0)
     if method.exchange.hub is not None:
-        world.lead(0, size_of(Model(0, initial)))
+        given = down(method.strategy.init(initial), method)
+        world.lead(0, size_of(Model(0, initial, given)))
     world.work()
     waves = method.waves(0)
     for hop, wave in enumerate(waves):

@@ -25,7 +25,9 @@ class Gossip:
     probability, drawn by key; a peer that does not is heard by nobody and hears nobody, and the
     weight that others gave it goes to their own vectors: the mean is kept on symmetric weights, on
     one-way graphs it drifts. weighted: use the topology's mixing weights; False leaves weights to
-    the aggregator, which then may count the amounts of data that parcels carry.
+    the aggregator, which then may count the amounts of data that parcels carry. own_weight: what
+    the own vector counts in place of the topology's number; the others share the rest as before
+    (a peer that hears nobody keeps its own).
 
     >>> from shoal.parts import find
     >>> hop, = Gossip(find("topology", "ring")(4)).hops(0, seed=1)
@@ -37,6 +39,7 @@ class Gossip:
     steps: int = 1
     participation: float = 1.0
     weighted: bool = True
+    own_weight: float | None = None
 
     # The topology is for the user to add; a part does not know another role's classes.
     examples: ClassVar[tuple[dict[str, object], ...]] = (
@@ -44,6 +47,7 @@ class Gossip:
         {"steps": 3},
         {"participation": 0.5},
         {"participation": 0.7, "steps": 2, "weighted": False},
+        {"own_weight": 0.7, "participation": 0.6},
     )
 
     def __post_init__(self) -> None:
@@ -54,6 +58,12 @@ class Gossip:
         if not 0.0 < self.participation <= 1.0:
             raise UsageError(
                 f"Gossip: participation={self.participation}; need a probability above 0, up to 1"
+            )
+
+        if self.own_weight is not None and not (self.weighted and 0.0 <= self.own_weight < 1.0):
+            raise UsageError(
+                f"Gossip: own_weight={self.own_weight}, weighted={self.weighted}; need a share in "
+                "[0, 1) of weights that are in use (leave it out for the topology's)"
             )
 
     @property
@@ -86,6 +96,11 @@ def _hops(gossip: Gossip, round: int, seed: int) -> tuple[Hop, ...]:
     waves = (gossip.topology.sources(round * gossip.steps + q) for q in range(gossip.steps))
     hops = []
     for sources, weights, own in waves:
+        if gossip.own_weight is not None:
+            others = weights.sum(-1, keepdim=True)
+            share = (1.0 - gossip.own_weight) / torch.where(others > 0, others, 1.0)
+            weights = weights * share
+            own = 1.0 - weights.sum(-1)
         if gossip.participation < 1.0:
             there = (sources >= 0) & active.unsqueeze(-1) & active[sources.clamp_min(0)]
             weights = torch.where(there, weights, 0.0)

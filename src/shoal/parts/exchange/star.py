@@ -21,7 +21,8 @@ class Star:
     sample: how many clients take part in a round, drawn uniformly without replacement by key; None
     = all. hub_works: whether the hub is a client too (its own row counts in rounds in which it is
     active); False makes it a pure server. Weights are left to the aggregator, which may count the
-    amounts of data that parcels carry. Breaks with the hub: while it is down nothing moves.
+    amounts of data that parcels carry. whole_first: in round 0 everybody takes part, for methods
+    that must hear of each client once. Breaks with the hub: while it is down nothing moves.
     Source: McMahan et al. 2017, algorithm 1.
 
     >>> star = Star(5, hub=1, sample=2)
@@ -35,11 +36,13 @@ class Star:
     hub: int = 0
     sample: int | None = None
     hub_works: bool = True
+    whole_first: bool = False
 
     examples: ClassVar[tuple[dict[str, object], ...]] = (
         {"peers": 6},
         {"peers": 6, "hub": 5, "sample": 3},
         {"peers": 6, "hub": 2, "sample": 5, "hub_works": False},
+        {"peers": 6, "sample": 2, "whole_first": True},
         {"peers": 2, "sample": 1},
         {"peers": 1},
     )
@@ -66,7 +69,7 @@ class Star:
         peers = torch.arange(self.peers, device="cpu")
         works = torch.ones_like(peers, dtype=torch.bool)
         works[self.hub] = self.hub_works
-        if self.sample is None:
+        if self.sample is None or (self.whole_first and round == 0):
             return works
         draws = stacked.uniform(stacked.key_of(seed, "sample", round), peers)
         order = torch.argsort(torch.where(works, draws, 2.0), stable=True)
@@ -84,7 +87,8 @@ def _hops(star: Star, round: int, seed: int) -> tuple[Hop, ...]:
     active[star.hub] = False
     heard = active.nonzero().squeeze(-1)
     # The same width whether or not the hub itself was drawn, so that shapes do not change by round.
-    width = min(star.sample or star.clients, star.peers - 1)
+    most = star.clients if star.whole_first and round == 0 else star.sample or star.clients
+    width = min(most, star.peers - 1)
     sources = heard.new_full((1, width), -1)
     sources[0, : len(heard)] = heard
     return (Hop(sources, receivers=heard.new_tensor([star.hub])),)

@@ -23,6 +23,7 @@ from shoal.parts.models._products import Convolution, Linear
 from shoal.parts.models._program import Layer
 from shoal.parts.models._stacked import Stacked
 from shoal.parts.models._windows import Pair
+from shoal.parts.models.mlp import XavierLinear
 from shoal.tensor.flat import FlatSpec
 
 _KNOWN = {
@@ -42,6 +43,7 @@ _KNOWN = {
     nn.SiLU,
     nn.Sigmoid,
     nn.Tanh,
+    XavierLinear,
 }
 _BY_VALUE = ("relu", "tanh", "sigmoid")
 _MONOTONE = ("relu", "tanh", "sigmoid", "leaky_relu")

@@ -29,8 +29,8 @@ class Images(ModuleTask):
     split and what follows: see `Split`; losers: peers whose samples are lost before round `lost_at`
     (the peers stay); train_samples: learn from so many only, drawn by seed,
     classes balanced; label_noise: share of training labels that are replaced by a wrong one;
-    standardise: zero mean and unit variance per pixel over the training set. The test set is the
-    same for every seed.
+    standardise: zero mean and unit variance per pixel over the training set; initialise: how an
+    MLP's weights begin, see `MLP`. The test set is the same for every seed.
     """
 
     peers: int
@@ -50,6 +50,7 @@ class Images(ModuleTask):
     model: str = "mlp"
     hidden: tuple[int, ...] = (64,)
     channels: tuple[int, ...] = (8, 16)
+    initialise: str = "layer"
     batching: str = "auto"
     device: str = "cpu"
 
@@ -59,6 +60,10 @@ class Images(ModuleTask):
             raise UsageError(f"task: model={self.model!r}; need mlp or cnn")
         if not 0 <= self.label_noise <= 1:
             raise UsageError(f"task: label_noise={self.label_noise}; need 0 to 1")
+        if self.model == "cnn" and self.initialise != "layer":
+            raise UsageError(
+                f"task: initialise={self.initialise!r}; a cnn has its layers' own rule"
+            )
         if self.model == "cnn" and len(self.hidden) != 1:
             raise UsageError(
                 f"task: hidden={self.hidden}; a cnn has one hidden layer (give one width)"
@@ -97,7 +102,7 @@ class Images(ModuleTask):
 
     def _model(self) -> Any:
         if self.model == "mlp":
-            return MLP(hidden=self.hidden)
+            return MLP(hidden=self.hidden, initialise=self.initialise)
         return CNN(channels=self.channels, hidden=self.hidden[0])
 
     def _noisy(self, shard: Shard, y: Tensor) -> Tensor:
