@@ -251,9 +251,8 @@ class Node:
     async def _other_half(self, other: int, number: int, half: Half) -> Vector | None:
         """The other end's vector; None when it was silent for too long."""
         peer, bound = self.peer, self.bound
-        pause = bound.retry_s
         give_up_s = peer.now() + (0.0 if other in self.silent else bound.patience_s)
-        ask_s = peer.now() + pause
+        ask_s = peer.now() + bound.retry_s
         while (other, number) not in self.early:
             wait_s = min(ask_s, give_up_s)
             if wait_s - peer.now() > _TICK_S:
@@ -264,8 +263,7 @@ class Node:
                 return None
             else:
                 await peer.send(PeerId(other), _asking(half))
-                pause *= 2.0
-                ask_s = peer.now() + pause
+                ask_s = peer.now() + bound.retry_s
             if other in self.silent:
                 give_up_s = peer.now()
         return self.early.pop((other, number))

@@ -58,7 +58,7 @@ class DADAO:
     their points.
     unit_s: seconds per unit of time (0 = four times a typical gradient, 0.2 s at least); peers that
     do not keep up work on as fast as they can, with the same numbers. retry_s: silence after which
-    a lost half is asked for (0 = 5 units), patience_s: and after which the other end is passed over
+    a lost half is asked for (0 = 2 units), patience_s: and after which the other end is passed over
     until it is heard (0 = 50 units). audit: record each exchange. A run of `rounds` lasts that many
     units.
 
@@ -112,7 +112,7 @@ class DADAO:
         if until == float("inf"):
             raise UsageError("dadao: no horizon; a run needs one (set rounds, or seconds)")
         return Bound(
-            self, workload, rates, constants, unit_s, until, end_s, self.retry_s or 5.0 * unit_s,
+            self, workload, rates, constants, unit_s, until, end_s, self.retry_s or 2.0 * unit_s,
             self.patience_s or 50.0 * unit_s, cost,
         )  # fmt: skip
 
