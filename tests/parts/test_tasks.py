@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from shoal.base.errors import UsageError
 from shoal.parts.tasks._images import held_out
-from shoal.parts.tasks._splits import Split, shards_of, subset
+from shoal.parts.tasks._splits import SPLITS, Split, shards_of, subset
 from shoal.parts.tasks.base import ModuleTask, task_of
 from shoal.parts.tasks.digits import Digits
 from shoal.rounds.task import Batch, Shard
@@ -28,7 +28,7 @@ def table(count: int) -> np.ndarray:
 
 
 @given(
-    kind=st.sampled_from(["iid", "dirichlet", "classes", "sizes"]),
+    kind=st.sampled_from(SPLITS),
     count=st.integers(40, 200), peers=st.integers(1, 20), seed=st.integers(0, 99),
     alpha=st.sampled_from([0.05, 1.0, 50.0]),
 )  # fmt: skip
@@ -44,9 +44,22 @@ def test_a_split_gives_out_every_sample_exactly_once(
 
 
 def test_another_seed_gives_another_split() -> None:
-    for kind in ("iid", "dirichlet", "classes", "sizes"):
+    for kind in SPLITS:
         first, second = (Split(kind).parts(table(100), 5, seed) for seed in (0, 1))
         assert any(not np.array_equal(a, b) for a, b in zip(first, second, strict=True)), kind
+
+
+def test_uneven_parts_hold_few_classes_each_in_unequal_numbers() -> None:
+    labels = np.random.default_rng(0).integers(0, 10, 1500)
+    split = Split("uneven", classes_per_peer=3, spread=0.5)
+    for seed in range(20):
+        parts = split.parts(labels, 10, seed)
+        held = [len(np.unique(labels[part])) for part in parts]
+        # One more for whoever has a class that nobody drew.
+        assert 3 <= min(held) <= max(held) <= 6
+        assert len(set(held)) > 1
+        sizes = [len(part) for part in parts]
+        assert max(sizes) > 1.5 * min(sizes)
 
 
 @given(count=st.integers(40, 300), peers=st.integers(1, 20), seed=st.integers(0, 99))
@@ -95,7 +108,7 @@ def test_sizes_spread_as_asked() -> None:
 
 
 @given(
-    kind=st.sampled_from(["iid", "dirichlet", "classes", "sizes"]),
+    kind=st.sampled_from(SPLITS),
     each=st.integers(1, 10), seed=st.integers(0, 99),
 )  # fmt: skip
 def test_samples_per_peer_is_exact_and_without_replacement_distinct(

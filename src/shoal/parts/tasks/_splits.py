@@ -15,7 +15,7 @@ from shoal.base import keyed
 from shoal.base.errors import UsageError
 from shoal.rounds.task import Shard
 
-SPLITS = ("iid", "dirichlet", "classes", "sizes")
+SPLITS = ("iid", "dirichlet", "classes", "sizes", "uneven")
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,9 @@ class Split:
     kind: `iid` (equal parts, classes balanced), `dirichlet` (each class is shared out in
     proportions drawn from Dirichlet(alpha): Hsu, Qi and Brown 2019, section 3), `classes` (sorted
     by label, cut into `peers * classes_per_peer` pieces, dealt out: McMahan et al. 2017, section
-    3), `sizes` (iid in content, sizes log-normal with `spread`).
+    3), `sizes` (iid in content, sizes log-normal with `spread`), `uneven` (each peer has
+    `classes_per_peer` classes or up to twice as many less one, drawn by seed; those who have a
+    class share it in log-normal parts: Li et al. 2024, arXiv 2309.14675, appendix).
     samples_per_peer: exactly so many for each peer; with_replacement: drawn by key from the whole
     table, so that any number of peers can be served. holders: only these peers get data.
     """
@@ -94,6 +96,8 @@ class Split:
             dealt = _dirichlet(labels, peers, self.alpha, rng)
         elif self.kind == "classes":
             dealt = _by_class(labels, peers, self.classes_per_peer, rng)
+        elif self.kind == "uneven":
+            dealt = _uneven(labels, peers, self.classes_per_peer, self.spread, rng)
         else:
             dealt = _by_size(len(labels), peers, self.spread, rng)
         wanted = self.samples_per_peer
@@ -152,10 +156,36 @@ def _dirichlet(
         cuts = np.round(np.cumsum(shares)[:-1] * len(own)).astype(int)
         for part, piece in zip(parts, np.split(own, cuts), strict=True):
             part.append(piece)
+    return _nobody_empty(parts)
+
+
+def _uneven(
+    labels: np.ndarray, peers: int, fewest: int, spread: float, rng: np.random.Generator
+) -> list[np.ndarray]:
+    """Some classes for every peer, in unequal parts; nobody is left without a sample."""
+    classes = np.unique(labels)
+    most = min(2 * fewest - 1, len(classes))
+    has = np.zeros((peers, len(classes)), bool)
+    for own in has:
+        own[rng.permutation(len(classes))[: rng.integers(min(fewest, most), most + 1)]] = True
+    # A class that nobody drew is somebody's.
+    has[rng.integers(0, peers, len(classes)), range(len(classes))] |= ~has.any(0)
+    parts: list[list[np.ndarray]] = [[] for _ in range(peers)]
+    for place, c in enumerate(classes):
+        weights = np.exp(spread * rng.standard_normal(peers)) * has[:, place]
+        own = rng.permutation(np.flatnonzero(labels == c))
+        cuts = np.round(np.cumsum(weights / weights.sum())[:-1] * len(own)).astype(int)
+        for part, piece in zip(parts, np.split(own, cuts), strict=True):
+            part.append(piece)
+    return _nobody_empty(parts)
+
+
+def _nobody_empty(parts: list[list[np.ndarray]]) -> list[np.ndarray]:
+    """Each peer's pieces joined; who has nothing gets a sample of the richest."""
     joined = [np.concatenate(part) for part in parts]
     for p, part in enumerate(joined):
         if not len(part):
-            rich = max(range(peers), key=lambda q: len(joined[q]))
+            rich = max(range(len(joined)), key=lambda q: len(joined[q]))
             joined[p], joined[rich] = joined[rich][:1], joined[rich][1:]
     return joined
 
