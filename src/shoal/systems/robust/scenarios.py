@@ -17,4 +17,10 @@ SCENARIOS = {
         links={"name": "links", "latency_s": 0.05},
         device={"name": "device", "flops_per_s": 1e8},
     ),
+    # Peer 0 and six stages of a transformer on a line across a region; times are virtual.
+    "pipeline": Scenario(
+        name="robust.pipeline", peers=7, rounds=600, eval_every=10, seconds=100_000.0,
+        links={"name": "links", "latency_s": 0.01, "uplink_bytes_per_s": 12.5e6},
+        device={"name": "device", "flops_per_s": 1e9},
+    ),
 }  # fmt: skip

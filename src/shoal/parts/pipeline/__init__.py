@@ -1,0 +1,1 @@
+"""Training in pipelines: stages of one model that pass on activations and gradients."""

@@ -1,0 +1,140 @@
+"""What the peers of a pipeline tell each other, each message with a checksum of all of it."""
+
+from __future__ import annotations
+
+import zlib
+from typing import Any, TypeVar
+
+import msgspec
+from torch import Tensor
+
+from shoal.base.errors import DecodeError
+from shoal.wire.message import message
+from shoal.wire.tensors import describe, raw
+
+FORWARD, BACKWARD, LOST, END = range(4)
+"""What flows: activations, gradients, "I cannot do my part of this attempt", and the last word."""
+
+LAST = 1 << 40
+"""The number of the attempt that is none: that of the last word."""
+
+M = TypeVar("M")
+
+
+@message(tag=("attempt", "iteration"))
+class Flow:
+    """Activations or gradients [batch, length, width] of a microbatch, from stage to stage.
+
+    attempt: numbers all attempts at iterations, so that what is left of a dropped one is told
+    apart; it comes first in the tag, since iterations may be made again. micro: from the schedule's
+    number of microbatches on it is evaluated only.
+    """
+
+    what: int
+    iteration: int
+    attempt: int
+    micro: int
+    values: Tensor
+    check: int = 0
+
+
+@message
+class Ask:
+    """Part 0 to a stage: where do you stand?"""
+
+    number: int
+    check: int = 0
+
+
+@message
+class Standing:
+    """A stage's answer to every order.
+
+    version: updates that its parameters have behind them; attempt: the last one that it took part
+    in; ready: whether it has all gradients of that attempt; busy: it works on an order; copy: the
+    version of its copy of part 0, -1 = none; kept: versions of its checkpoints, newest first.
+    """
+
+    version: int
+    attempt: int
+    ready: bool
+    busy: bool
+    copy: int
+    kept: tuple[int, ...]
+    check: int = 0
+
+
+@message
+class Apply:
+    """Take the step from `version` with the gradients of this attempt; copy: part 0's parameters
+    after it, for those who hold them (else empty)."""
+
+    version: int
+    attempt: int
+    copy: Tensor
+    check: int = 0
+
+
+@message
+class Rebuild:
+    """You are lost: make yourself of your neighbours, which stand at `version`."""
+
+    version: int
+    copy: Tensor
+    check: int = 0
+
+
+@message
+class Rewind:
+    """Go back to your checkpoint of `version`."""
+
+    version: int
+    copy: Tensor
+    check: int = 0
+
+
+@message
+class Give:
+    """What you hold at `version`, please: of yourself, or (outer) your copy of part 0."""
+
+    version: int
+    outer: bool
+    check: int = 0
+
+
+@message
+class Held:
+    """The answer to `Give`: parameters [dim], and the squared norm of the last gradient."""
+
+    params: Tensor
+    square: float
+    check: int = 0
+
+
+def sealed(message: M) -> M:
+    """The message with its CRC-32: a bit that flipped on the way must not reach a parameter."""
+    return msgspec.structs.replace(message, check=_sum(message))  # type: ignore[type-var]
+
+
+def sound(message: Any) -> bool:
+    """Whether it is as it was sealed."""
+    return message.check == _sum(message)
+
+
+def opened(message: M) -> M:
+    """The message, or DecodeError when it was damaged."""
+    if not sound(message):
+        raise DecodeError(f"{type(message).__name__}: it was damaged on its way (send it again)")
+    return message
+
+
+def _sum(message: Any) -> int:
+    plain: list[Any] = []
+    total = 0
+    for value in msgspec.structs.astuple(message)[:-1]:
+        if isinstance(value, Tensor):
+            plain.append(describe(value)[1])
+            total = zlib.crc32(raw(value), total)
+        else:
+            plain.append(value)
+    return zlib.crc32(msgspec.msgpack.encode(plain), total)

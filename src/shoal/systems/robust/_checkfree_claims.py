@@ -1,0 +1,300 @@
+"""What is claimed of recovery without checkpoints, its pictures, and what every run must keep."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from statistics import fmean
+
+from shoal.lab.chart import Points
+from shoal.lab.rows import Rows
+from shoal.world.record import Run
+
+TARGET_AT = 0.7
+"""The loss to be reached is what failure-free training has after this share of its iterations."""
+
+MIDDLE, EVERYWHERE = "checkfree", "checkfree+"
+
+
+def _each(rows: Rows, of: Callable[[int], float]) -> dict[int, float]:
+    return {seed: of(seed) for seed in rows.seeds}
+
+
+def _iterations(rows: Rows, seed: int) -> int:
+    return rows.scenarios["failure-free", seed].rounds or 0
+
+
+def _loss(rows: Rows, arm: str, seed: int, iteration: int) -> float:
+    """The validation loss after so many iterations."""
+    found = [r.value for r in rows.series(arm, seed, "loss") if r.round == iteration]
+    return found[-1] if found else math.nan
+
+
+def target(rows: Rows, seed: int) -> float:
+    """Failure-free training's loss at 70% of its iterations, or the last evaluated before."""
+    whole = _iterations(rows, seed)
+    rounds = [r.round for r in rows.series("failure-free", seed, "loss")]
+    near = max((each for each in rounds if each <= TARGET_AT * whole), default=-1)
+    return _loss(rows, "failure-free", seed, near)
+
+
+def time_to_target(rows: Rows, arm: str, seed: int) -> float:
+    """Virtual time until the target is reached; inf when it is not."""
+    wanted = target(rows, seed)
+    if math.isnan(wanted):
+        return math.nan
+    return rows.reach(arm, seed, "loss", wanted, axis="time_s", falling=True)
+
+
+def _over(arm: str, *others: str) -> Callable[[Rows], dict[int, float]]:
+    """Time to target over the shorter one of the others'."""
+
+    def measure(rows: Rows) -> dict[int, float]:
+        def of(seed: int) -> float:
+            best = min(time_to_target(rows, other, seed) for other in others)
+            return time_to_target(rows, arm, seed) / best if best < math.inf else math.nan
+
+        return _each(rows, of)
+
+    return measure
+
+
+def middle_over_checkpoint(rows: Rows) -> dict[int, float]:
+    """CheckFree over checkpointing, failures of the middle stages."""
+    return _over(MIDDLE, "checkpoint, middle")(rows)
+
+
+def middle_over_redundant(rows: Rows) -> dict[int, float]:
+    """CheckFree over redundant computation, failures of the middle stages."""
+    return _over(MIDDLE, "redundant, middle")(rows)
+
+
+def everywhere_over_checkpoint(rows: Rows) -> dict[int, float]:
+    """CheckFree+ over checkpointing, failures of all parts."""
+    return _over(EVERYWHERE, "checkpoint, all")(rows)
+
+
+def everywhere_over_redundant(rows: Rows) -> dict[int, float]:
+    """CheckFree+ over redundant computation, failures of all parts."""
+    return _over(EVERYWHERE, "redundant, all")(rows)
+
+
+def published_times(rows: Rows) -> dict[int, float]:
+    """CheckFree over both baselines with the paper's times of an iteration."""
+
+    def of(seed: int) -> float:
+        unit = time_to_target(rows, MIDDLE, seed)
+        # Both take 91 s for a plain iteration, so times differ by this factor alone.
+        others = ("checkpoint, middle, 91 s", "redundant, middle, 91 s")
+        best = min(time_to_target(rows, other, seed) for other in others)
+        return 91.0 * unit / best if best < math.inf else math.nan
+
+    return _each(rows, of)
+
+
+def final_loss(rows: Rows) -> dict[int, float]:
+    """CheckFree's last loss over failure-free training's after as many iterations."""
+
+    def of(seed: int) -> float:
+        whole = _iterations(rows, seed)
+        return _loss(rows, MIDDLE, seed, whole) / _loss(rows, "failure-free", seed, whole)
+
+    return _each(rows, of)
+
+
+def _spike(rows: Rows, arm: str, seed: int) -> float:
+    run = rows.run(arm, seed)
+    found = [] if run is None else [row.value for row in run.series("spike")]
+    return fmean(found) if found else math.nan
+
+
+def spike_against_copy(rows: Rows) -> dict[int, float]:
+    """Mean rise of the loss at a failure: weighted average minus copy of a neighbour."""
+    return _each(rows, lambda seed: _spike(rows, MIDDLE, seed) - _spike(rows, "copy", seed))
+
+
+def _probe(rows: Rows, arm: str, seed: int, rule: str, stages: tuple[int, ...]) -> float:
+    """Mean rise of the loss if one of these stages were lost at the end of a training."""
+    run = rows.run(arm, seed)
+    found = [] if run is None else run.series("probe")
+    last = max((row.round for row in found), default=-1)
+    values = [
+        row.value for row in found
+        if row.round == last and row.peer in stages and dict(row.labels)["rule"] == rule
+    ]  # fmt: skip
+    return fmean(values) if values else math.nan
+
+
+def ends_after_swaps(rows: Rows) -> dict[int, float]:
+    """Rise after the first or last stage is copied from its partner: with over without swaps."""
+
+    def of(seed: int) -> float:
+        ends = (1, rows.scenarios["swapped", seed].peers - 1)
+        with_swaps, without = (
+            _probe(rows, arm, seed, "partner", ends) for arm in ("swapped", "failure-free")
+        )
+        return with_swaps / without if without > 0 else math.nan
+
+    return _each(rows, of)
+
+
+def price_shrinks(rows: Rows) -> dict[int, float]:
+    """How much more swapping costs early (5/6 of the iterations) than late (2.5 times as many)."""
+
+    def of(seed: int) -> float:
+        whole = _iterations(rows, seed)
+        early, late = price(rows, seed, whole * 5 // 6), price(rows, seed, whole * 5 // 2)
+        return early - late
+
+    return _each(rows, of)
+
+
+def price(rows: Rows, seed: int, iteration: int) -> float:
+    """Loss with swaps minus loss without, nothing failing."""
+    swapped, plain = (_loss(rows, arm, seed, iteration) for arm in ("swapped", "failure-free"))
+    return swapped - plain
+
+
+def same_bits(rows: Rows) -> dict[int, float]:
+    """The farthest that the losses of a pipeline of peers and of one process are apart."""
+
+    def of(seed: int) -> float:
+        ours, theirs = (
+            {row.round: row.value for row in rows.series(arm, seed, "loss")}
+            for arm in ("in one process", "peers")
+        )
+        last = rows.run("peers", seed)
+        if last is None or not ours:
+            return math.nan
+        told = {int(dict(r.labels)["update"]): r.value for r in last.series("loss", 0)}
+        return max(abs(told[t] - ours[t]) for t in ours) if theirs and set(told) >= set(ours) else 1
+
+    return _each(rows, of)
+
+
+def bytes_of_rebuilding(rows: Rows) -> dict[int, float]:
+    """What peers sent to rebuild stages, over the parameters of two stages for each."""
+
+    def of(seed: int) -> float:
+        run = rows.run("peers", seed)
+        if run is None:
+            return math.nan
+        sent = sum(n for kind, n in run.bytes_by_kind.items() if kind.endswith("Held"))
+        stage = run.series("stage_bytes")[0].value
+        middle = len(run.series("rebuilt"))
+        return sent / (2 * stage * middle) if middle else math.nan
+
+    return _each(rows, of)
+
+
+# Pictures.
+
+
+def losses(rows: Rows) -> Points:
+    """The validation loss over virtual time, first seed."""
+    arms = ("failure-free", MIDDLE, "checkpoint, middle", "redundant, middle")
+    return _curves(rows, arms)
+
+
+def losses_everywhere(rows: Rows) -> Points:
+    """The same with failures of all parts."""
+    arms = ("failure-free", "swapped", EVERYWHERE, "checkpoint, all", "redundant, all")
+    return _curves(rows, arms)
+
+
+def _curves(rows: Rows, arms: tuple[str, ...]) -> Points:
+    seed = rows.seeds[0]
+    return {
+        arm: [(row.time_s, row.value) for row in rows.series(arm, seed, "loss") if row.round > 0]
+        for arm in arms
+    }
+
+
+def prices(rows: Rows) -> Points:
+    """The price of swapping over the iterations, of every seed."""
+    out: dict[str, list[tuple[float, float]]] = {}
+    for seed in rows.seeds:
+        rounds = [row.round for row in rows.series("swapped", seed, "loss")]
+        found = [(float(each), price(rows, seed, each)) for each in rounds]
+        out[f"seed {seed}"] = [point for point in found if math.isfinite(point[1])]
+    return out
+
+
+def rules(rows: Rows) -> Points:
+    """Rise of the loss at the loss of a stage, by rule: mean over seeds, end of the training."""
+    out: dict[str, list[tuple[str, float]]] = {}
+    stages = rows.scenarios["failure-free", rows.seeds[0]].peers - 1
+    for rule in ("weighted", "uniform", "copy", "random", "zero"):
+        values = [
+            (f"S{stage}", [_probe(rows, "failure-free", s, rule, (stage,)) for s in rows.seeds])
+            for stage in range(2, stages)
+        ]
+        out[rule] = [(name, fmean(v)) for name, v in values if all(map(math.isfinite, v))]
+    return out
+
+
+# Invariants of a pipeline of peers.
+
+
+def _lives(run: Run) -> dict[int, list[float]]:
+    ends: dict[int, list[float]] = {}
+    for mark in run.happenings:
+        for peer in mark.peers:
+            ends.setdefault(peer, []).append(mark.time_s)
+    return ends
+
+
+def no_update_is_doubled(run: Run) -> str | None:
+    """In one life a stage takes the step of an iteration once, unless it was rewound or rebuilt."""
+    ends = _lives(run)
+    for peer in range(1, run.peers):
+        last = -1
+        since = 0.0
+        rows = [
+            r for r in run.rows if r.peer == peer and r.name in ("applied", "rewound", "rebuilt")
+        ]
+        for row in rows:
+            if any(since < end <= row.time_s for end in ends.get(peer, ())):
+                last = -1
+            since = row.time_s
+            if row.name != "applied":
+                last = int(row.value) - 1
+                continue
+            update = int(dict(row.labels)["update"])
+            if last >= 0 and update != last + 1:
+                return f"stage {peer} took step {update} after {last} at {row.time_s} s"
+            last = update
+    return None
+
+
+def one_attempt_for_all(run: Run) -> str | None:
+    """All parts take a step with the gradients of one attempt: none is lost, and none mixed."""
+    if len(_lives(run)) >= run.peers:
+        # Where everybody has begun anew, attempts are counted anew.
+        return None
+    found: dict[float, set[str]] = {}
+    for row in run.series("applied"):
+        found.setdefault(row.value, set()).add(dict(row.labels)["update"])
+    for attempt, updates in found.items():
+        if len(updates) > 1:
+            return f"attempt {attempt:.0f} was applied as iterations {', '.join(sorted(updates))}"
+    steps: dict[tuple[int, str], set[float]] = {}
+    rewound = len({row.time_s for row in run.series("rewound", 0)})
+    for row in run.series("applied"):
+        if row.peer:
+            steps.setdefault((0, dict(row.labels)["update"]), set()).add(row.value)
+    for (_, update), attempts in steps.items():
+        if len(attempts) > 1 + rewound + len(_lives(run).get(0, ())):
+            return f"iteration {update} was applied from attempts {sorted(attempts)}"
+    return None
+
+
+def who_ends_has_all(run: Run) -> str | None:
+    """Stages that heard the last word of a head that did not give up have all updates."""
+    heads = {row.value for row in run.series("version", 0)}
+    if len(heads) != 1 or run.series("gave_up"):
+        return None
+    for row in run.series("version"):
+        if row.peer and dict(row.labels)["ended"] == "True" and row.value not in heads:
+            return f"stage {row.peer} ended at version {row.value:.0f}, part 0 at {heads}"
+    return None

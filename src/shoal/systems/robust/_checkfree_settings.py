@@ -1,0 +1,58 @@
+"""The model, text and training that the pipeline of peers and the trainer in one process share."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+from shoal.parts.models.transformer import Transformer
+from shoal.parts.optimise.adamw import AdamW
+from shoal.parts.pipeline.check_free import CheckFree
+from shoal.parts.pipeline.plan import Plan
+from shoal.parts.pipeline.staged_model import StagedModel
+from shoal.parts.pipeline.swap_schedule import SwapSchedule
+from shoal.parts.pipeline.topic_text import TopicText
+
+
+@dataclass(frozen=True)
+class Training:
+    """A transformer of one block per stage that learns the standard library's help topics.
+
+    swaps: None = if the recovery needs them.
+    """
+
+    stages: int
+    recovery: CheckFree
+    swaps: bool | None = None
+    width: int = 32
+    heads: int = 4
+    length: int = 32
+    batch_size: int = 12
+    micro: int = 2
+    lr: float = 2e-3
+    clip: float = math.inf
+    held_out: int = 64
+
+    @property
+    def swapped(self) -> bool:
+        """Whether half of the microbatches exchange the order of stages."""
+        return self.recovery.plus if self.swaps is None else self.swaps
+
+
+@lru_cache(maxsize=32)
+def plan_of(training: Training) -> Plan:
+    """The plan of a training; peers of one process share its model."""
+    text = TopicText(training.length, training.held_out)
+    shape = Transformer(
+        training.width, training.stages, training.heads, positions="learned", tied=True
+    )
+    return Plan(
+        StagedModel(shape.build((training.length,), text.vocabulary), training.stages),
+        text,
+        SwapSchedule(training.stages, training.micro, training.swapped),
+        AdamW(training.lr, weight_decay=0.0),
+        training.recovery,
+        training.batch_size,
+        training.clip,
+    )
