@@ -28,8 +28,9 @@ class LocalUpdates:
     What was combined is added to the parameters, times `server_lr`. Under a hub this is FedAvg with
     the same result as sending parameters, as long as nothing is lost on the way: an update is small
     and mostly noise, so it survives a lossy transform that parameters would not. Weighted by the
-    sender's number of samples. Without a hub peers that hear other updates drift apart, since
-    nobody ever sends parameters.
+    sender's number of samples; with by_samples=False all count alike, as they must where only the
+    sum of what they send is known (secure aggregation). Without a hub peers that hear other updates
+    drift apart, since nobody ever sends parameters.
     Source: McMahan et al. 2017, algorithm 1; Reddi et al. 2021, algorithm 1 with server SGD.
 
     >>> LocalUpdates(steps=5).server_lr
@@ -40,9 +41,11 @@ class LocalUpdates:
     steps: int = 10
     batch_size: int = 16
     server_lr: float = 1.0
+    by_samples: bool = True
 
     examples: ClassVar[tuple[dict[str, Any], ...]] = (
         {"steps": 2, "batch_size": 4}, {"steps": 1, "batch_size": 8, "server_lr": 0.5},
+        {"steps": 2, "batch_size": 4, "by_samples": False},
     )  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -65,7 +68,8 @@ class LocalUpdates:
             step.task, optimizer, state.params, optimizer.init(state.params), step,
             steps=self.steps, batch_size=self.batch_size,
         )  # fmt: skip
-        return state, Parcel(after - state.params, step.shard.size.to(torch.float64))
+        weight = step.shard.size.to(torch.float64) if self.by_samples else None
+        return state, Parcel(after - state.params, weight)
 
     def apply(self, state: State, heard: Heard, step: Step) -> State:
         moved = torch.add(state.params, heard.vector, alpha=self.server_lr)

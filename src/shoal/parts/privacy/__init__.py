@@ -1,0 +1,1 @@
+"""What a mechanism guarantees, counted exactly, and sums of which nobody sees the summands."""
