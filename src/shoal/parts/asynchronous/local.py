@@ -19,6 +19,9 @@ from shoal.rounds.task import Batch, Shard, Task
 from shoal.tensor import keyed, tree
 from shoal.tensor.types import Key, Scalar, Vector
 
+DRAWN_BYTES = 16 << 20
+"""What the samples of later steps may take; a constant, whatever memory is free."""
+
 
 class Work(Protocol):
     """Frozen, hashable settings of what a client hands in."""
@@ -62,12 +65,38 @@ class Uneven:
 
     def batches(self, task: Task, size: int) -> Iterator[tuple[slice, Batch]]:
         """(rows, their batch) of each step; a step of many rows comes in pieces."""
-        limit = max(1, BATCH_BYTES // max(1, getattr(task, "sample_bytes", 0) * size))
-        for step, active in enumerate(self.active):
-            for start in range(0, active, limit):
-                rows = slice(start, min(active, start + limit))
-                shard, key = tree.select((self.shard, self.key), rows)
-                yield rows, task.batch(shard, keyed.fold(key, step), size)
+        per_row = max(1, getattr(task, "sample_bytes", 0) * size)
+        rows_at_once = max(1, BATCH_BYTES // per_row)
+        step = 0
+        while step < len(self.active):
+            active = self.active[step]
+            # Samples of several steps are drawn in one call: a draw costs as much as a small step.
+            ahead = max(1, DRAWN_BYTES // (per_row * active))
+            for start in range(0, active, rows_at_once):
+                rows = slice(start, min(active, start + rows_at_once))
+                yield from self._drawn(task, size, rows, range(step, step + ahead))
+            step += ahead
+
+    def _drawn(
+        self, task: Task, size: int, rows: slice, steps: range
+    ) -> Iterator[tuple[slice, Batch]]:
+        """These steps of some rows; what a row would draw alone."""
+        active = [
+            min(rows.stop, count) - rows.start for count in self.active[steps.start : steps.stop]
+        ]
+        active = [count for count in active if count > 0]
+        shard, key = tree.select((self.shard, self.key), rows)
+        keys = keyed.fold(
+            key,
+            torch.arange(steps.start, steps.start + len(active), device=key.device).unsqueeze(-1),
+        )
+        shard = tree.map_tree(lambda leaf: leaf.expand(len(active), *leaf.shape), shard)
+        drawn = task.batch(shard, keys, size)
+        for place, count in enumerate(active):
+            yield (
+                slice(rows.start, rows.start + count),
+                Batch(drawn.x[place, :count], drawn.y[place, :count], drawn.mask[place, :count]),
+            )
 
     def back(self, rows: Tensor) -> Tensor:
         """Rows [rows, *] as the call had them, [..., *]."""

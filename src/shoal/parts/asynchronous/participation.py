@@ -29,30 +29,29 @@ class Rest(Protocol):
 
 @dataclass(frozen=True)
 class Exponential:
-    """Rests of an exponential time with mean `mean_s`, divided by the client's own rate.
+    """Rests of an exponential time with mean `mean_s`.
 
-    rates: (client, rate) pairs, 1 for everybody else. With rests that are long against the work,
-    the works arrive as Poisson processes with intensities in the ratio of the rates, independent of
-    the clients' data unless the rates are not.
+    by_client: (client, mean) pairs for those who rest longer or shorter. With rests that are long
+    against the work, works arrive as Poisson processes, independent of the clients' data unless
+    their rests are not.
 
-    >>> Exponential(10.0, rates=((3, 8.0),)).mean_of(3)
+    >>> Exponential(10.0, by_client=((3, 1.25),)).mean_of(3)
     1.25
     """
 
     mean_s: float
-    rates: tuple[tuple[int, float], ...] = ()
+    by_client: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "rates", tuple((int(c), float(r)) for c, r in self.rates))
-        if not 0 <= self.mean_s < math.inf or any(not rate > 0 for _, rate in self.rates):
-            raise UsageError(
-                f"rest: mean_s={self.mean_s}, rates={self.rates}; need a finite time >= 0 and "
-                "rates above 0"
-            )
+        pairs = tuple((int(client), float(mean_s)) for client, mean_s in self.by_client)
+        object.__setattr__(self, "by_client", pairs)
+        for mean_s in (self.mean_s, *(mean_s for _, mean_s in pairs)):
+            if not 0 <= mean_s < math.inf:
+                raise UsageError(f"rest: a mean of {mean_s} s; need a finite time >= 0")
 
     def mean_of(self, client: int) -> float:
         """The mean rest of a client."""
-        return self.mean_s / dict(self.rates).get(client, 1.0)
+        return dict(self.by_client).get(client, self.mean_s)
 
     def begin(self, peer: Peer) -> Ready:
         mean_s = self.mean_of(peer.id)
