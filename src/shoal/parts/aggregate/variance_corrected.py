@@ -72,6 +72,8 @@ class VarianceCorrected:
                 f"{self.layout.dim}"
             )
         x, rows = usable(x, mask)
+        if not x.shape[-2]:
+            return or_center(x.sum(-2), rows.any(-1), center)
         share = shares(rows, weight)
         mean = combine(share, x)
         value = self._rescaled(mean, self._goal(x, share, center))
@@ -80,10 +82,10 @@ class VarianceCorrected:
     def _variance(self, x: Tensor) -> Tensor:
         """Of each named tensor: [..., dim] -> float64 [..., tensors]."""
         assert self.layout is not None
-        pieces = x.to(torch.float64).split(list(self.layout.sizes), -1)
-        zero = torch.zeros(x.shape[:-1], dtype=torch.float64, device=x.device)
-        found = [_variance(piece) if piece.shape[-1] > 1 else zero for piece in pieces]
-        return torch.stack(found, -1)
+        pieces = x.split(list(self.layout.sizes), -1)
+        zero = x.new_zeros(x.shape[:-1])
+        found = [piece.var(-1) if piece.shape[-1] > 1 else zero for piece in pieces]
+        return torch.stack(found, -1).to(torch.float64)
 
     def _goal(self, x: Stack, share: Tensor, center: Vector | None) -> Tensor:
         """The variance that each tensor is to have: [..., tensors]."""
@@ -104,16 +106,10 @@ class VarianceCorrected:
             has, to = now[..., place], goal[..., place]
             fit = (has > _LEAST) & (to > _LEAST)
             scale = torch.where(fit, (to / torch.where(fit, has, 1.0)).sqrt(), 1.0).unsqueeze(-1)
-            middle = piece.to(torch.float64).mean(-1, keepdim=True)
-            scaled = (piece.to(torch.float64) - middle) * scale + middle
-            made.append(torch.where(fit.unsqueeze(-1), scaled.to(mean.dtype), piece))
+            middle = piece.mean(-1, keepdim=True)
+            scaled = torch.addcmul(middle, piece - middle, scale.to(mean.dtype))
+            made.append(torch.where(fit.unsqueeze(-1), scaled, piece))
         return torch.cat(made, -1)
-
-
-def _variance(piece: Tensor) -> Tensor:
-    """`piece.var(-1)`, for no rows at all too, of which that one warns."""
-    apart = piece - piece.mean(-1, keepdim=True)
-    return apart.square().sum(-1) / (piece.shape[-1] - 1)
 
 
 def variance_corrected_average(
