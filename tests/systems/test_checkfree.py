@@ -17,12 +17,12 @@ from shoal.lab.launch import launch
 from shoal.lab.rows import Rows
 from shoal.lab.scenario import Scenario
 from shoal.parts.pipeline.base import Unrecoverable
+from shoal.parts.pipeline.cost_model import CostModel
 from shoal.parts.pipeline.failure_trace import FailureTrace
 from shoal.parts.pipeline.trainer import Trainer
 from shoal.systems.robust import _checkfree_claims as measured
-from shoal.systems.robust._checkfree_settings import plan_of
+from shoal.systems.robust._checkfree_settings import drawn, parts_at, plan_of
 from shoal.systems.robust.checkfree import INVARIANTS, Pipeline
-from shoal.systems.robust.checkfree_training import parts_at
 from shoal.tensor.threads import one_thread
 from shoal.world.record import Happening, Row, Run
 
@@ -261,19 +261,25 @@ def test_measures_read_what_runs_leave() -> None:
     def arm(*points: tuple[int, float, float]) -> Run:
         return Run("study", 0, 7, [Row("loss", loss, time_s, n) for n, time_s, loss in points])
 
+    course = [(n, float(n), 3.0 - n / 10) for n in range(26)]
     runs = {
-        ("failure-free", 0): arm((4, 4, 3.0), (7, 7, 2.0), (10, 10, 1.0), (25, 25, 0.5)),
-        ("checkfree", 0): arm((7, 8, 2.1), (8, 9, 1.9), (10, 11, 1.05)),
-        ("checkpoint, middle", 0): arm((7, 18, 2.0)),
-        ("redundant, middle", 0): arm((7, 12, 2.0)),
-        ("checkpoint, all", 0): arm((7, 20, 2.5)),
+        ("failure-free", 0): arm(*course),
+        ("checkfree", 0): arm((7, 8.0, 2.35), (8, 9.0, 2.3), (10, 11.0, 2.1)),
+        ("checkfree, low rate", 0): arm((7, 8.0, 2.35)),
     }
     rows = Rows(runs, [a for a, _ in runs], [0], {("failure-free", 0): replace(WORLD, rounds=10)})
-    assert measured.target(rows, 0) == 2.0
-    assert measured.middle_over_checkpoint(rows)[0] == 0.5
-    assert measured.middle_over_redundant(rows)[0] == 0.75
-    assert measured.final_loss(rows)[0] == 1.05
-    assert measured.time_to_target(rows, "checkpoint, all", 0) == float("inf")
+    assert measured.target(rows, 0) == 2.3
+    assert measured.time_to_target(rows, "checkfree", 0) == 9.0
+    assert measured.middle_over_redundant(rows)[0] == pytest.approx(9 / (7 * 1.65))
+    assert measured.published_times(rows)[0] == pytest.approx(9 / 7)
+    assert measured.final_loss(rows)[0] == pytest.approx(2.1 / 2.0)
+    assert measured.low_rate(rows)[0] == float("inf")
+    trace = drawn("middle", 0.3, 5, 10, 0)
+    times = measured.replayed(rows, 0, "checkpoint", "middle", 0.3, CostModel(every=2))
+    assert trace.failures
+    assert times[-1][1] == pytest.approx(2.0)
+    assert times[-1][0] > 10 + 2.0 * 3
+    assert [time_s for time_s, _ in times] == sorted(time_s for time_s, _ in times)
 
 
 def applied(peer: int, update: int, attempt: int, time_s: float = 1.0) -> Row:
@@ -308,12 +314,12 @@ def test_a_process_that_is_killed_is_rebuilt_by_its_neighbours() -> None:
     world = replace(WORLD, peers=5).with_settings(
         {"faults": [{"kind": "crash", "who": [2], "at": 1.5, "until": 2.0}]}
     )
-    settings = {**SMALL, "iterations": 250, "evaluate_every": 50}
+    settings = {**SMALL, "iterations": 40, "evaluate_every": 20, "pace_s": 0.1}
     arm = shoal.Arm(system="checkfree", set=settings, engine="processes")
     found = execute(cell_of("killed", arm, 0, world), launch)
     assert found.finished
     assert any("SIGKILL" in mark.what for mark in found.happenings)
     assert [row.peer for row in found.series("rebuilt")] == [2]
-    assert {row.value for row in found.series("version")} == {250.0}
+    assert {row.value for row in found.series("version")} == {40.0}
     losses = losses_of(found)
-    assert losses[250] < losses[0]
+    assert losses[40] < losses[0]

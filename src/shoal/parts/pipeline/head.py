@@ -78,11 +78,14 @@ class Head:
             await self._evaluate()
             while self.version < leading.iterations:
                 peer.enter_round(self.version)
+                next_s = peer.now() + leading.pace_s
                 await self._strike()
                 if not (await self._attempt() and await self._commit()):
                     await self._mend()
                 elif self.version % leading.evaluate_every == 0:
                     await self._evaluate()
+                if peer.now() < next_s:
+                    await peer.sleep_until(next_s)
             peer.record("version", self.version, ended="True")
         except _GaveUpError:
             peer.record("gave_up", self.version)

@@ -77,12 +77,12 @@ class Stage:
         peer.record("params", self.state.params)
         ended = False
         while not ended:
-            found = await peer.recv(Flow, deadline=self.heard_s + self.patience_s)
+            heard_s = self.heard_s
+            found = await peer.recv(Flow, deadline=heard_s + self.patience_s)
             if found is None:
-                if peer.now() >= self.heard_s + self.patience_s:
+                if self.heard_s == heard_s:
                     break
-                continue
-            if sound(found.message):
+            elif sound(found.message):
                 self.heard_s = peer.now()
                 ended = found.message.what == END
                 await self._take(found.message)

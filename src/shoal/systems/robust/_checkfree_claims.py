@@ -8,12 +8,16 @@ from statistics import fmean
 
 from shoal.lab.chart import Points
 from shoal.lab.rows import Rows
+from shoal.parts.pipeline.cost_model import CostModel, Moment, Replay, drive
+from shoal.systems.robust._checkfree_settings import Where, drawn
 from shoal.world.record import Run
 
 TARGET_AT = 0.7
 """The loss to be reached is what failure-free training has after this share of its iterations."""
 
 MIDDLE, EVERYWHERE = "checkfree", "checkfree+"
+HIGH, LOW = 0.004, 0.002
+"""Probabilities that a part fails in an iteration."""
 
 
 def _each(rows: Rows, of: Callable[[int], float]) -> dict[int, float]:
@@ -46,50 +50,77 @@ def time_to_target(rows: Rows, arm: str, seed: int) -> float:
     return rows.reach(arm, seed, "loss", wanted, axis="time_s", falling=True)
 
 
-def _over(arm: str, *others: str) -> Callable[[Rows], dict[int, float]]:
-    """Time to target over the shorter one of the others'."""
+def replayed(
+    rows: Rows, seed: int, method: str, where: Where, rate: float, costs: CostModel
+) -> list[tuple[float, float]]:
+    """(time, loss) of a method that never leaves the course of failure-free training."""
+    losses = {r.round: r.value for r in rows.series("failure-free", seed, "loss")}
+    found: list[tuple[float, float]] = []
+    if not losses:
+        return found
+    iterations, stages = _iterations(rows, seed), rows.scenarios["failure-free", seed].peers - 1
+    replay = Replay(losses)
 
-    def measure(rows: Rows) -> dict[int, float]:
-        def of(seed: int) -> float:
-            best = min(time_to_target(rows, other, seed) for other in others)
-            return time_to_target(rows, arm, seed) / best if best < math.inf else math.nan
+    def moment(now: Moment) -> None:
+        if replay.done in losses:
+            found.append((now.time_s, replay.loss()))
 
-        return _each(rows, of)
+    trace = drawn(where, rate, stages, iterations, seed)
+    drive(replay, method, trace, iterations, costs, moment=moment, failure=lambda _: None)
+    return found
 
-    return measure
+
+def _over(
+    rows: Rows, arm: str, methods: tuple[str, ...], where: Where, rate: float,
+    costs: CostModel | None = None,
+) -> dict[int, float]:  # fmt: skip
+    """An arm's time to target over that of the faster one of these methods, on the same trace."""
+    used = CostModel() if costs is None else costs
+
+    def of(seed: int) -> float:
+        wanted = target(rows, seed)
+        times = [
+            time_s
+            for method in methods
+            for time_s, loss in replayed(rows, seed, method, where, rate, used)
+            if loss <= wanted
+        ]
+        # An arm's own times are in plain iterations, which take `unit_s`.
+        own_s = time_to_target(rows, arm, seed) * used.unit_s
+        return own_s / min(times) if times else math.nan
+
+    return _each(rows, of)
 
 
 def middle_over_checkpoint(rows: Rows) -> dict[int, float]:
     """CheckFree over checkpointing, failures of the middle stages."""
-    return _over(MIDDLE, "checkpoint, middle")(rows)
+    return _over(rows, MIDDLE, ("checkpoint",), "middle", HIGH)
 
 
 def middle_over_redundant(rows: Rows) -> dict[int, float]:
     """CheckFree over redundant computation, failures of the middle stages."""
-    return _over(MIDDLE, "redundant, middle")(rows)
+    return _over(rows, MIDDLE, ("redundant",), "middle", HIGH)
+
+
+def low_rate(rows: Rows) -> dict[int, float]:
+    """CheckFree over both, failures of the middle stages half as often."""
+    return _over(rows, "checkfree, low rate", ("checkpoint", "redundant"), "middle", LOW)
+
+
+def published_times(rows: Rows) -> dict[int, float]:
+    """CheckFree over both with the paper's times of an iteration."""
+    costs = CostModel.published()
+    return _over(rows, MIDDLE, ("checkpoint", "redundant"), "middle", HIGH, costs)
 
 
 def everywhere_over_checkpoint(rows: Rows) -> dict[int, float]:
     """CheckFree+ over checkpointing, failures of all parts."""
-    return _over(EVERYWHERE, "checkpoint, all")(rows)
+    return _over(rows, EVERYWHERE, ("checkpoint",), "all", HIGH)
 
 
 def everywhere_over_redundant(rows: Rows) -> dict[int, float]:
     """CheckFree+ over redundant computation, failures of all parts."""
-    return _over(EVERYWHERE, "redundant, all")(rows)
-
-
-def published_times(rows: Rows) -> dict[int, float]:
-    """CheckFree over both baselines with the paper's times of an iteration."""
-
-    def of(seed: int) -> float:
-        unit = time_to_target(rows, MIDDLE, seed)
-        # Both take 91 s for a plain iteration, so times differ by this factor alone.
-        others = ("checkpoint, middle, 91 s", "redundant, middle, 91 s")
-        best = min(time_to_target(rows, other, seed) for other in others)
-        return 91.0 * unit / best if best < math.inf else math.nan
-
-    return _each(rows, of)
+    return _over(rows, EVERYWHERE, ("redundant",), "all", HIGH)
 
 
 def final_loss(rows: Rows) -> dict[int, float]:
@@ -192,22 +223,20 @@ def bytes_of_rebuilding(rows: Rows) -> dict[int, float]:
 
 def losses(rows: Rows) -> Points:
     """The validation loss over virtual time, first seed."""
-    arms = ("failure-free", MIDDLE, "checkpoint, middle", "redundant, middle")
-    return _curves(rows, arms)
+    return _curves(rows, ("failure-free", MIDDLE), "middle")
 
 
 def losses_everywhere(rows: Rows) -> Points:
     """The same with failures of all parts."""
-    arms = ("failure-free", "swapped", EVERYWHERE, "checkpoint, all", "redundant, all")
-    return _curves(rows, arms)
+    return _curves(rows, ("failure-free", "swapped", EVERYWHERE), "all")
 
 
-def _curves(rows: Rows, arms: tuple[str, ...]) -> Points:
+def _curves(rows: Rows, arms: tuple[str, ...], where: Where) -> Points:
     seed = rows.seeds[0]
-    return {
-        arm: [(row.time_s, row.value) for row in rows.series(arm, seed, "loss") if row.round > 0]
-        for arm in arms
-    }
+    out = {arm: [(r.time_s, r.value) for r in rows.series(arm, seed, "loss")] for arm in arms}
+    for method in ("checkpoint", "redundant"):
+        out[method] = replayed(rows, seed, method, where, HIGH, CostModel())
+    return {name: points[1:] for name, points in out.items()}
 
 
 def prices(rows: Rows) -> Points:

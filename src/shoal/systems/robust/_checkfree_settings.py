@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal
 
 from shoal.parts.models.transformer import Transformer
 from shoal.parts.optimise.adamw import AdamW
 from shoal.parts.pipeline.check_free import CheckFree
+from shoal.parts.pipeline.failure_trace import FailureTrace
 from shoal.parts.pipeline.plan import Plan
 from shoal.parts.pipeline.staged_model import StagedModel
 from shoal.parts.pipeline.swap_schedule import SwapSchedule
@@ -56,3 +58,22 @@ def plan_of(training: Training) -> Plan:
         training.batch_size,
         training.clip,
     )
+
+
+Where = Literal["nowhere", "middle", "stages", "all"]
+_EXECUTED = 8
+"""A drawn trace reaches so many times as far as there are iterations to be applied."""
+
+
+def parts_at(where: Where, stages: int) -> tuple[int, ...]:
+    """Which parts may fail: none, all but the ends and part 0, all but part 0, or all."""
+    first = {"nowhere": stages + 1, "middle": 2, "stages": 1, "all": 0}[where]
+    return tuple(range(first, stages + (where != "middle")))
+
+
+def drawn(where: Where, rate: float, stages: int, iterations: int, seed: int) -> FailureTrace:
+    """The failures of a seed: the same for every method and every length of training."""
+    return FailureTrace.bernoulli(
+        rate, stages=stages, iterations=_EXECUTED * iterations, seed=seed,
+        among=parts_at(where, stages),
+    )  # fmt: skip

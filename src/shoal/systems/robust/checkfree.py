@@ -41,7 +41,7 @@ class Pipeline:
     clip: the model of one block per stage, and its Adam. lost: failures on purpose, as (update,
     part). keep_every: checkpoints to fall back to, after so many updates (0 = none). timeout_s: an
     attempt at an iteration that takes longer is begun anew; patience_s: without progress for so
-    long all give up.
+    long all give up; pace_s: an iteration at most so often.
 
     Assumes that lost stages are not neighbours, unless there are checkpoints; and without plus that
     peer 0, the first and the last stage stay.
@@ -70,6 +70,7 @@ class Pipeline:
     keep_every: int = 0
     timeout_s: float = 3.0
     patience_s: float = 60.0
+    pace_s: float = 0.0
 
     def __post_init__(self) -> None:
         # Wrong settings are refused here, not in the middle of a run.
@@ -91,7 +92,7 @@ class Pipeline:
         """How peer 0 leads."""
         return Leading(
             self.iterations, self.evaluate_every, trace, self.keep_every, self.timeout_s,
-            self.patience_s,
+            self.patience_s, self.pace_s,
         )  # fmt: skip
 
     async def run(self, peer: Peer) -> None:
@@ -146,20 +147,7 @@ SYSTEM = System(
         "copy": _trained(where="middle", rule="copy"),
         "random": _trained(where="middle", rule="random"),
         "checkfree, low rate": _trained(where="middle", rate=0.002),
-        "checkpoint, middle": _trained(where="middle", method="checkpoint", times=2.5),
-        "redundant, middle": _trained(where="middle", method="redundant", times=2.5),
-        "checkpoint, low rate": _trained(
-            where="middle", method="checkpoint", times=2.5, rate=0.002
-        ),
-        "checkpoint, middle, 91 s": _trained(
-            where="middle", method="checkpoint", times=2.5, published=True
-        ),
-        "redundant, middle, 91 s": _trained(
-            where="middle", method="redundant", times=2.5, published=True
-        ),
         "checkfree+": _trained(where="all", plus=True, times=1.7),
-        "checkpoint, all": _trained(where="all", method="checkpoint", times=2.5),
-        "redundant, all": _trained(where="all", method="redundant", times=2.5),
         "peers": Arm(set={"iterations": 20, "evaluate_every": 10, "lost": _LOST_AFTER}),
         "in one process": Arm(
             system=_STUDY, set={"lost": _LOST_IN}, scenario={"rounds": 20, "eval_every": 10}
@@ -174,6 +162,10 @@ SYSTEM = System(
         Claim(
             "middle-redundant", "and of redundant computation",
             at_most(0.88), measure=measured.middle_over_redundant, at="section 5", scale="full",
+        ),
+        Claim(
+            "low-rate", "and so it is where stages fail half as often",
+            at_most(0.88), measure=measured.low_rate, at="section 5", scale="full",
         ),
         Claim(
             "published-times", "and so it is with the iteration times of the paper, 91 and 151 s",

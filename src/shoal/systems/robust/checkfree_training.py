@@ -20,20 +20,12 @@ from shoal.parts.pipeline.check_free import RULES, CheckFree
 from shoal.parts.pipeline.cost_model import CostModel, Failure, Moment, Replay, drive
 from shoal.parts.pipeline.failure_trace import FailureTrace
 from shoal.parts.pipeline.trainer import Trainer
-from shoal.systems.robust._checkfree_settings import Training, plan_of
+from shoal.systems.robust._checkfree_settings import Training, Where, drawn, plan_of
 from shoal.tensor.threads import one_thread
 from shoal.world.record import Happening, Row, Run
 
-Where = Literal["nowhere", "middle", "stages", "all"]
 _PLAIN = CheckFree()
-MOST_EXECUTED = 20
-"""A trace reaches so many times as far as there are iterations."""
-
-
-def parts_at(where: Where, stages: int) -> tuple[int, ...]:
-    """Which parts may fail: none, all but the ends and part 0, all but part 0, or all."""
-    first = {"nowhere": stages + 1, "middle": 2, "stages": 1, "all": 0}[where]
-    return tuple(range(first, stages + (where != "middle")))
+"""The rule of a training in which nothing fails, so that all of them are one."""
 
 
 def checkfree_training(
@@ -62,10 +54,7 @@ def checkfree_training(
     costs = CostModel.published() if published else CostModel()
     trace = FailureTrace(stages, lost)
     if not lost and where != "nowhere":
-        trace = FailureTrace.bernoulli(
-            rate, stages=stages, iterations=MOST_EXECUTED * iterations, seed=scenario.seed,
-            among=parts_at(where, stages),
-        )  # fmt: skip
+        trace = drawn(where, rate, stages, iterations, scenario.seed)
     every = max(1, scenario.eval_every)
     with one_thread():
         found = _Course(scenario, training, every)
@@ -101,14 +90,14 @@ class _Course:
             run.virtual_s = now.time_s
             if now.done % self.every == 0 or now.done == iterations:
                 rows.append(Row("loss", training.loss(), now.time_s, now.done))
-                rows.append(Row("executed", executed, now.time_s, now.done))
+                rows.append(Row("executed", float(executed), now.time_s, now.done))
 
         def failure(what: Failure) -> None:
             nonlocal executed
             executed += 1
             run.happenings.append(Happening(what.time_s, "lost", what.lost))
             if method == "checkpoint":
-                rows.append(Row("repeated", what.repeated, what.time_s, training.done))
+                rows.append(Row("repeated", float(what.repeated), what.time_s, training.done))
             if rises:
                 assert isinstance(training, Trainer)
                 before = training.loss()
