@@ -97,8 +97,10 @@ class BufferedCourse(Course):
 
     def arrived(self, delta: Delta, at: Moment) -> list[Action]:
         self.buffer.append(delta)
-        if len(self.buffer) < self.size:
-            return []
+        return self.advance(at) if len(self.buffer) >= self.size else []
+
+    def advance(self, at: Moment) -> list[Action]:
+        """A version from all that is here."""
         # In an order that does not depend on who was a moment faster.
         deltas = sorted(self.buffer, key=lambda each: (each.client, each.number))
         self.buffer = []
