@@ -1,4 +1,4 @@
-"""Pictures that a card makes of its runs: curves, bars, and grids of shares.
+"""Pictures that a card makes of its runs: curves, bars, grids of shares, and spans of time.
 
 A card holds a `Chart`: a function from the runs to named points. A report keeps the points
 (`Drawn`), so that it can be drawn again without the runs (`chart_picture`).
@@ -16,17 +16,19 @@ from shoal.lab.values import near
 if TYPE_CHECKING:
     from shoal.lab.rows import Rows
 
-KINDS = ("curves", "bars", "grid")
+KINDS = ("curves", "bars", "grid", "spans")
 Points = Mapping[str, Sequence[tuple[Any, float]]]
-"""Of curves and bars: line -> (x, y) points. Of a grid: row -> (column, value) pairs."""
+"""Of curves and bars: line -> (x, y) points. Of a grid: row -> (column, value) pairs. Of spans:
+row -> (begin, end) pairs."""
 
 
 @dataclass(frozen=True)
 class Chart:
     """A picture of what `points(rows)` returns; a module-level function of the runs.
 
-    kind: "curves" (steps between the points), "bars" (x are names or whole numbers) or "grid" (a
-    share of 0 to 1 in every cell); x, y: what the axes show.
+    kind: "curves" (steps between the points), "bars" (x are names or whole numbers), "grid" (a
+    share of 0 to 1 in every cell) or "spans" (a row of bars from begin to end, as in a Gantt
+    chart); x, y: what the axes show.
     """
 
     title: str

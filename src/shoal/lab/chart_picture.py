@@ -1,4 +1,4 @@
-"""Draws the charts of cards: curves, bars, and grids of shares."""
+"""Draws the charts of cards: curves, bars, grids of shares, and spans of time."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def svg(drawn: Drawn) -> str:
     """The picture; empty when there is nothing to draw."""
     if not any(drawn.lines.values()):
         return ""
-    draw = {"curves": _curves, "bars": _bars, "grid": _grid}[drawn.kind]
-    rows = len(drawn.lines) if drawn.kind == "grid" else 0
+    draw = {"curves": _curves, "bars": _bars, "grid": _grid, "spans": _spans}[drawn.kind]
+    rows = len(drawn.lines) if drawn.kind in ("grid", "spans") else 0
     height = max(3.4, 0.5 * rows + 1.4)
     return plot.svg(7.6, height, lambda figure: draw(drawn, figure), drawn.title)
 
@@ -69,6 +69,23 @@ def _grid(drawn: Drawn, figure: Figure) -> None:
     panel.set_xlim(-0.5, len(columns) - 0.5)
     panel.set_ylim(len(drawn.lines) - 0.5, -0.5)
     panel.grid(visible=False)
+    panel.set_xlabel(drawn.x)
+    panel.set_ylabel(drawn.y)
+
+
+def _spans(drawn: Drawn, figure: Figure) -> None:
+    panel = figure.subplots()
+    for place, points in enumerate(drawn.lines.values()):
+        widths = [(begin, end - begin) for begin, end in points]
+        # The edge tells a span from one that follows at once.
+        panel.broken_barh(
+            widths, (place - 0.36, 0.72), facecolor=plot.PALETTE[0], edgecolor=plot.PAPER,
+            linewidth=0.8, zorder=3,
+        )  # fmt: skip
+    panel.set_yticks(range(len(drawn.lines)), list(drawn.lines))
+    panel.set_ylim(len(drawn.lines) - 0.5, -0.5)
+    panel.set_xlim(left=0)
+    panel.grid(axis="y", visible=False)
     panel.set_xlabel(drawn.x)
     panel.set_ylabel(drawn.y)
 
