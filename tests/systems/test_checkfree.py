@@ -307,19 +307,3 @@ def test_checkers_see_what_they_are_for() -> None:
     assert "stage 2 ended at version 5" in (
         measured.who_ends_has_all(Run("event", 0, 3, ends)) or ""
     )
-
-
-@pytest.mark.live
-def test_a_process_that_is_killed_is_rebuilt_by_its_neighbours() -> None:
-    world = replace(WORLD, peers=5).with_settings(
-        {"faults": [{"kind": "crash", "who": [2], "at": 1.5, "until": 2.0}]}
-    )
-    settings = {**SMALL, "iterations": 40, "evaluate_every": 20, "pace_s": 0.1}
-    arm = shoal.Arm(system="checkfree", set=settings, engine="processes")
-    found = execute(cell_of("killed", arm, 0, world), launch)
-    assert found.finished
-    assert any("SIGKILL" in mark.what for mark in found.happenings)
-    assert [row.peer for row in found.series("rebuilt")] == [2]
-    assert {row.value for row in found.series("version")} == {40.0}
-    losses = losses_of(found)
-    assert losses[40] < losses[0]

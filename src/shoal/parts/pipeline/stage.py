@@ -203,6 +203,7 @@ class Stage:
         )  # fmt: skip
         self.state = StageState(params, state, before.scale, float(square))
         self._moved(self.version + 1, order.copy)
+        peer.enter_round(self.version)
         peer.record("applied", order.attempt, update=str(order.version))
         if self.version % self.report_every == 0:
             peer.record("params", self.state.params)
