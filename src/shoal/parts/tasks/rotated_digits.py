@@ -16,6 +16,7 @@ from shoal.parts.tasks import digits
 from shoal.parts.tasks._images import Images, Table, held_out
 from shoal.rounds.task import Batch
 from shoal.tensor import keyed
+from shoal.tensor.threads import one_thread
 from shoal.tensor.types import Key, Vector
 
 PRETRAINING_RATE = 0.2
@@ -58,12 +59,13 @@ class RotatedDigits(Images):
         """Parameters [..., dim] after learning upright digits, one row per key."""
         params = super().init(key)
         x, y = _upright(self.device)
-        for step in range(self.pretraining):
-            own = keyed.fold(key, "upright", step).unsqueeze(-1)
-            count = torch.arange(PRETRAINING_BATCH, device=own.device)
-            place = (keyed.uniform(own, count) * len(y)).long()
-            batch = Batch(x[place], y[place], torch.ones_like(place, dtype=torch.bool))
-            params = self.descended(params, batch, PRETRAINING_RATE, donate=step > 0)
+        with one_thread():
+            for step in range(self.pretraining):
+                own = keyed.fold(key, "upright", step).unsqueeze(-1)
+                count = torch.arange(PRETRAINING_BATCH, device=own.device)
+                place = (keyed.uniform(own, count) * len(y)).long().to(x.device)
+                batch = Batch(x[place], y[place], torch.ones_like(place, dtype=torch.bool))
+                params = self.descended(params, batch, PRETRAINING_RATE, donate=step > 0)
         return params
 
 

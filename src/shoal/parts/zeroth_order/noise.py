@@ -7,7 +7,8 @@ piece where it is needed, so that a step along a thousand directions holds a pie
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -125,24 +126,53 @@ def descend_along(params: Vector, keys: Key, scales: Scalar) -> Vector:
         raise UsageError(
             f"descend_along: {count} keys and {scales.shape[-1]} scales; need one scale for each"
         )
+    if not count:
+        return params.clone()
     rows = params.reshape(-1, dim)
     words = keys.expand(*lead, count).reshape(-1, count).tolist()
     factors = scales.to(params.dtype).expand(*lead, count).reshape(-1, count, 1)
     shared = all(row == words[0] for row in words[1:])
+    if shared and len(words) > 1 and _alike(rows) and _alike(factors):
+        # Machines that are simulated together hold the same bits and take the same step.
+        once = descend_along(rows[0], keys.reshape(-1, count)[0], factors[0, :, 0])
+        return once.repeat(len(words), 1).view(*lead, dim)
     out = torch.empty_like(rows)
     for start in range(0, dim, PIECE):
         part = slice(start, min(start + PIECE, dim))
         # A copy of its own: pieces of stacked rows are apart in memory, and are gone over k times.
         piece = rows[:, part].clone()
-        for j in range(count):
-            wanted = [words[0][j]] if shared else [row[j] for row in words]
-            direction = noise_rows(
-                wanted, piece.shape[-1], start, dtype=params.dtype, device=params.device
-            )
+        for step in _products(piece, words[:1] if shared else words, factors, start):
             # Not `sub(alpha=...)`: it may fuse, and differently at the end of a row.
-            piece -= factors[:, j] * direction
+            piece -= step
         out[:, part] = piece
     return out.view(*lead, dim)
+
+
+def _products(
+    piece: Tensor, words: list[list[int]], factors: Tensor, start: int
+) -> Iterator[Tensor]:
+    """factors[:, j] * noise of words[:, j] at a piece's positions, for each j."""
+    width, count = piece.shape[-1], len(words[0])
+    settings: Any = {"dtype": piece.dtype, "device": piece.device}
+    if len(words) > 1:
+        for j in range(count):
+            yield factors[:, j] * noise_rows([row[j] for row in words], width, start, **settings)
+        return
+    # As many directions at a time as make up a piece: for short ones a call costs more than work.
+    most = max(1, PIECE // width)
+    for first in range(0, count, most):
+        some = slice(first, first + most)
+        directions = noise_rows(words[0][some], width, start, **settings)
+        if len(factors) == 1:
+            yield from (factors[0, some] * directions).unbind()
+        else:
+            for factor, direction in zip(factors[:, some].unbind(1), directions, strict=True):
+                yield factor * direction
+
+
+def _alike(rows: Tensor) -> bool:
+    """Whether all rows are equal; not looked at on a device, where a look is a wait."""
+    return rows.is_cpu and bool((rows == rows[:1]).all())
 
 
 def walk_in_place(tensors: Sequence[Tensor], keys: Sequence[int], scales: Sequence[float]) -> None:

@@ -6,20 +6,20 @@ initial weights and the rule the log determines the model, bit for bit.
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from shoal.base import keyed
 from shoal.base.errors import DecodeError, UsageError
 from shoal.parts.zeroth_order.noise import descend_along
 from shoal.parts.zeroth_order.scalars import OneByte, ScalarCodec
-from shoal.tensor import keyed
 from shoal.tensor.types import Key, Vector
 
 _MANY, _PART, _GROUP = 64, 1, 2
@@ -84,13 +84,14 @@ class Rule:
             )
 
     @cached_property
-    def root(self) -> Key:
-        """The key that all others are folded from."""
-        return keyed.key_of(self.run, "zeroth order")
+    def root(self) -> int:
+        """The word that all keys are folded from."""
+        return keyed.fold(0, self.run, "zeroth order")
 
     def machine_keys(self, iteration: int, machines: int) -> Key:
         """Keys [machines] of their perturbations in an iteration; `fold(key, a)` is sample a's."""
-        return keyed.fold(self.root, iteration, torch.arange(machines, device="cpu"))
+        words = [keyed.fold(self.root, iteration, machine) for machine in range(machines)]
+        return _tensor(words)
 
     def steps(self, iteration: int, entry: Entry) -> tuple[Key, Tensor]:
         """Keys [k] and scales [k] for `descend_along`, in the order in which all apply them."""
@@ -100,12 +101,15 @@ class Rule:
                 f"Rule: {len(entry.codes)} bytes for {len(entry.machines)} machines x "
                 f"{self.samples} samples of {self.codec.width} bytes; need {count} numbers"
             )
-        machines = torch.tensor(entry.machines, dtype=torch.int64, device="cpu")
-        machines = machines.repeat_interleave(self.samples)
-        samples = torch.arange(self.samples, device="cpu").repeat(len(entry.machines))
-        keys = keyed.fold(self.root, iteration, machines, samples)
-        share = self.lr / (count if self.mean else np.sqrt(count)) if count else 0.0
-        return keys, torch.from_numpy(share * self.codec.decode(entry.codes))
+        # Numbers, not tensors: of the few words here each costs a microsecond.
+        own = [keyed.fold(self.root, iteration, machine) for machine in entry.machines]
+        words = [keyed.fold(word, sample) for word in own for sample in range(self.samples)]
+        share = self.lr / (count if self.mean else math.sqrt(count)) if count else 0.0
+        return _tensor(words), torch.from_numpy(share * self.codec.decode(entry.codes))
+
+
+def _tensor(words: Sequence[int]) -> Key:
+    return torch.tensor([keyed.signed(word) for word in words], dtype=torch.int64, device="cpu")
 
 
 @dataclass

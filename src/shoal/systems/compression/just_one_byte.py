@@ -176,8 +176,8 @@ SYSTEM = System(
     uses={"topology": None, "exchange": None},
     arms={
         "byte": Arm(),
-        "float": Arm(set={"number": "float"}),
-        "single": Arm(set={"lr": 2e-3}, scenario={"peers": 1}),
+        "float": Arm(system="just-one-byte-calm", set={"number": "float"}),
+        "single": Arm(system="just-one-byte-calm", set={"lr": 2e-3}, scenario={"peers": 1}),
         "churn": Arm(set={"founders": 8}, prepare=measured.two_go_and_two_come),
         "exact": Arm(
             set={"founders": 4, "audit": True}, scenario={"rounds": 200, "eval_every": 20},
