@@ -55,32 +55,36 @@ def _exponent(
     return found
 
 
+def arms_over_condition(method: str) -> list[str]:
+    """The arms of "dadao" or "tracking" in the order of CONDITIONS."""
+    prefix = "condition" if method == "dadao" else method
+    return [method if value == 30 else f"{prefix} {value:g}" for value in CONDITIONS]
+
+
+def arms_over_peers(method: str) -> list[str]:
+    """The arms of "dadao" or "ssda" in the order of SIZES."""
+    prefix = "peers" if method == "dadao" else method
+    return [method if size == 16 else f"{prefix} {size}" for size in SIZES]
+
+
 def gradients_over_condition(rows: Rows) -> dict[int, float]:
     """Exponent of the condition number in DADAO's gradients."""
-    arms = [_of("condition", value, "dadao", 30) for value in CONDITIONS]
-    return _exponent(rows, arms, CONDITIONS, "gradients")
+    return _exponent(rows, arms_over_condition("dadao"), CONDITIONS, "gradients")
 
 
 def tracking_over_condition(rows: Rows) -> dict[int, float]:
     """The same of gradient tracking."""
-    arms = [_of("tracking", value, "tracking", 30) for value in CONDITIONS]
-    return _exponent(rows, arms, CONDITIONS, "gradients")
-
-
-def _of(prefix: str, value: float, default: str, usual: float) -> str:
-    return default if value == usual else f"{prefix} {value:g}"
+    return _exponent(rows, arms_over_condition("tracking"), CONDITIONS, "gradients")
 
 
 def exchanges_over_peers(rows: Rows) -> dict[int, float]:
     """Exponent of the number of peers of a full graph in DADAO's exchanges."""
-    arms = [_of("peers", size, "dadao", 16) for size in SIZES]
-    return _exponent(rows, arms, SIZES, "exchanges")
+    return _exponent(rows, arms_over_peers("dadao"), SIZES, "exchanges")
 
 
 def ssda_over_peers(rows: Rows) -> dict[int, float]:
     """The same of SSDA."""
-    arms = [_of("ssda", size, "ssda", 16) for size in SIZES]
-    return _exponent(rows, arms, SIZES, "exchanges")
+    return _exponent(rows, arms_over_peers("ssda"), SIZES, "exchanges")
 
 
 def straightest(rows: Rows) -> dict[int, float]:

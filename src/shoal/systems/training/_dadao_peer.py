@@ -138,9 +138,10 @@ class Node:
             self.place += 1
             await self._commit(other)
         await self._marks(self.bound.until)
-        self._record(last=True)
-        await self._say(FINISHED)
+        self._record(self.bound.until)
+        await self.say(FINISHED)
         await self._linger()
+        self._record_sums()
 
     # Memory.
 
@@ -178,20 +179,23 @@ class Node:
         while self.mark <= date and self.mark < self.bound.until:
             await self._listen(self.mark * self.bound.unit_s)
             if self.mark and self.mark % self.workload.report_every == 0:
-                self._record()
+                self._record(float(self.mark))
             self.peer.enter_round(self.mark)
             self.mark += 1
 
-    def _record(self, last: bool = False) -> None:
-        """Report x, or with drawn batches its mean over the gradients, as it is at this moment."""
-        date = self.bound.until if last else float(self.mark)
-        state = self._moved(max(date, self.date))
-        x = state[X] if self.bound.settings.batch_size is None else self.mean
+    def _record(self, date: float) -> None:
+        """Report x, or with drawn batches its mean over the gradients, as it is at this date."""
+        x = self.mean
+        if self.bound.settings.batch_size is None:
+            x = self._moved(max(date, self.date))[X]
         self.peer.record("params", x.to(self.dtype))
-        if last:
-            self.peer.record("dual_sum", float(state[Z].sum()))
-            self.peer.record("fast_dual_sum", float(state[Z_FAST].sum()))
-            self.peer.record("dual_size", float(state[Y : Z_FAST + 1].abs().sum()))
+
+    def _record_sums(self) -> None:
+        """What must be 0 over all peers, once nobody misses a half, and the size of its parts."""
+        state = self._moved(max(self.bound.until, self.date))
+        self.peer.record("dual_sum", float(state[Z].sum()))
+        self.peer.record("fast_dual_sum", float(state[Z_FAST].sum()))
+        self.peer.record("dual_size", float(state[Y : Z_FAST + 1].abs().sum()))
 
     def _moved(self, date: float) -> Tensor:
         return self._flow(date - self.date) @ self.state
@@ -233,8 +237,7 @@ class Node:
             return
         self.silent.add(other)
         self.doubts[other, number] = (mine, date)
-        open_here = [key for key in self.doubts if key[0] == other]
-        for key in open_here[:-_REMEMBERED]:
+        for key in [key for key in self.doubts if key[0] == other][:-_REMEMBERED]:
             del self.doubts[key]
 
     def _encoded(self, other: int, number: int) -> tuple[Half, Vector]:
@@ -262,7 +265,7 @@ class Node:
             elif give_up_s - peer.now() <= _TICK_S:
                 return None
             else:
-                await peer.send(PeerId(other), _asking(half))
+                await self._again(other, half, asking=True)
                 ask_s = peer.now() + bound.retry_s
             if other in self.silent:
                 give_up_s = peer.now()
@@ -290,7 +293,7 @@ class Node:
         self.silent.discard(source)
         number, kept = half.number, self.kept[source].get(half.number)
         if half.again and kept is not None:
-            await self.peer.send(PeerId(source), _telling(kept))
+            await self._again(source, kept, asking=False)
         doubt = self.doubts.pop((source, number), None)
         if doubt is not None:
             mine, date = doubt
@@ -313,7 +316,12 @@ class Node:
         fits = vector.shape == self.state[X].shape and bool(vector.isfinite().all())
         return vector.to(torch.float64) if fits else None
 
-    async def _say(self, what: int) -> None:
+    async def _again(self, other: int, half: Half, asking: bool) -> None:
+        told = Half(half.number, asking, half.check, half.payload)
+        await self.peer.send(PeerId(other), told)
+
+    async def say(self, what: int) -> None:
+        """Tell the neighbours that all is done, or not to wait for this peer."""
         for other in sorted(self.neighbors - self.silent):
             await self.peer.send(PeerId(other), Half(what, False, 0, Packed(b"")))
 
@@ -325,10 +333,6 @@ class Node:
             if envelope is not None:
                 await self._take(envelope)
 
-    async def leave(self) -> None:
-        """Tell the neighbours not to wait."""
-        await self._say(LEAVING)
-
 
 async def live(bound: Bound, peer: Peer) -> None:
     """The whole life of a peer."""
@@ -339,16 +343,8 @@ async def live(bound: Bound, peer: Peer) -> None:
             await life.join()
         except Leaving:
             life.cancel()
-            await node.leave()
+            await node.say(LEAVING)
 
 
 def _check(number: int, data: bytes | memoryview) -> int:
     return zlib.crc32(number.to_bytes(8, "little"), zlib.crc32(data))
-
-
-def _asking(half: Half) -> Half:
-    return Half(half.number, True, half.check, half.payload)
-
-
-def _telling(half: Half) -> Half:
-    return Half(half.number, False, half.check, half.payload)
