@@ -59,9 +59,10 @@ def build(scenario: Scenario) -> Pieces:
 
 def surroundings(scenario: Scenario) -> dict[str, Any]:
     """What parts may take from their scenario: `peers`, `seed`, `device`, how many peers are
-    Byzantine (`byzantine`) and which (`faulty`)."""
+    Byzantine (`byzantine`) and which (`faulty`), and `rounds` if it has a number of them."""
     faulty = scenario.byzantine_peers()
-    return {
+    horizon = {} if scenario.rounds is None else {"rounds": scenario.rounds}
+    return horizon | {
         "peers": scenario.peers, "seed": scenario.seed,
         "device": resolved(scenario.engine.device),
         "byzantine": len(faulty), "faulty": faulty,
