@@ -98,12 +98,6 @@ def uniform_over_routed(rows: Rows) -> dict[int, float]:
     }
 
 
-def router_kl(rows: Rows) -> dict[int, float]:
-    """KL(router at pure noise || shares of the data), in the experiment where it is more."""
-    arms = ("ddm", "digits ddm")
-    return _worst(*(rows.per_seed(arm, "router_kl") for arm in arms))
-
-
 # Pictures.
 
 
@@ -127,12 +121,12 @@ def _bars(
     return {arm: points for arm, points in out.items() if points}
 
 
-RULES = ("full", "top2", "top1")
+RULES = ("full", "top1")
 
 
 def velocity_bars(rows: Rows) -> Mapping[str, Sequence[tuple[str, float]]]:
     """Velocity error on Gaussians; equal weights are far off the picture."""
-    arms = ("ddm", "monolith", "small monolith", "random")
+    arms = ("ddm", "monolith", "small monolith")
     return _bars(rows, "velocity_error", arms, (*RULES, "oracle"))
 
 

@@ -17,14 +17,14 @@ SCENARIOS = {
     ),
     # 8 peers that each have a cluster of samples of a mixture of Gaussians in the plane.
     "flow_gaussians": Scenario(
-        name="training.flow_gaussians", peers=8, rounds=30, eval_every=5,
+        name="training.flow_gaussians", peers=8, rounds=15, eval_every=3,
         task={"name": "flow_gaussians", "split": "clusters"},
         links={"name": "links", "latency_s": 0.02}, device={"name": "device", "flops_per_s": 1e9},
     ),
     # 16 peers with very unequal label mixes of real 8x8 digits, who rarely meet.
     "digits_sparse": Scenario(
         name="training.digits_sparse", peers=16, rounds=60, eval_every=2,
-        task={"name": "digits", "split": "dirichlet", "alpha": 0.1},
+        task={"name": "digits", "split": "dirichlet", "alpha": 0.1, "standardise": True},
         links={"name": "links", "latency_s": 0.02}, device={"name": "device", "flops_per_s": 1e8},
     ),
     # 32 peers on a ring with unequal label mixes of real 8x8 digits.
