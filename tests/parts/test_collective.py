@@ -24,8 +24,9 @@ from shoal.parts.collective._errors import (
     RevisionViolation,
     TooFewPeers,
 )
+from shoal.parts.collective._wire import Status
 from shoal.parts.collective.communicator import Communicator
-from shoal.parts.collective.master import Master
+from shoal.parts.collective.master import Master, State
 from shoal.parts.collective.quantised import Quantised
 from shoal.parts.collective.ring import OPS, Progress, Ring, chunk_bounds
 from shoal.parts.collective.shared_state import SharedState
@@ -404,3 +405,30 @@ def test_one_peer_is_too_few() -> None:
     assert run_group(program, 1).finished
     assert program.told == ["few"]
     assert issubclass(TooFewPeers, PeerError)
+
+
+def test_lateness_of_one_peer_is_patience_with_the_others() -> None:
+    """A machine that runs one peer late may run another one late next."""
+
+    def dropped_after(pause_s: float) -> float:
+        state = State(Master(timeout_s=0.6), 0.0, lambda name, who: None)
+        now, number = 0.0, 0
+        heard_s = {1: 0.0, 2: 0.0}
+        while number == 0 or 2 in state.members:
+            now += 0.1
+            number += 1
+            for who in (1, 2):
+                silent = (who == 1 and 1.0 < now < 1.0 + pause_s) or (who == 2 and now > 5.0)
+                if not silent:
+                    call = "update_topology" if number == 1 else ""
+                    state.heard(who, Status(1, number, 0, call, 1, b"", (), False), now)
+                    heard_s[who] = now
+            state.tick(now, 0.0)
+            list(state.rulings())
+            assert now < 30.0
+        return now - heard_s[2]
+
+    calm, held_up = dropped_after(0.0), dropped_after(0.5)
+    assert calm <= 0.8
+    # Three times half a second, of which a fifth is forgotten by then.
+    assert 1.4 <= held_up <= 2.2

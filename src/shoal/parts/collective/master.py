@@ -48,8 +48,9 @@ from shoal.parts.collective.tour import Tour, link_cost
 
 _AVOID = 1e6
 _PATIENCE = 6.0
-_OWN_PATIENCE = 3.0
+_GROUP_PATIENCE = 3.0
 _FORGET = 0.05
+_GROUP_FORGETS = 0.005
 _STRIKES = 3
 
 
@@ -59,7 +60,8 @@ class Master:
 
     heartbeat_s: how often it looks at the time, and how often peers report (their own setting);
     timeout_s: silence after which a peer is dropped, longer by six times the lateness that its
-    reports had of late, as those of a peer on a machine at full load; stalled_s: how long an
+    reports had of late, or by three times the greatest that anybody's had in the last half minute,
+    as on machines at full load; stalled_s: how long an
     operation may stand still at some peer before it is aborted even without evidence of the broken
     link; diverged_s: how long peers may wait for different things. linger_s: it ends this long
     after the last peer has gone, and at end_s at the latest.
@@ -156,7 +158,8 @@ class State:
         self._elections: dict[int, Election] = {}
         self._last_s = now_s
         self._met = False
-        self._late_s = 0.0
+        self._group_late_s = 0.0
+        """the longest pause of anybody's statuses, and of this master, that is not forgotten"""
         self._now_s = now_s
 
     # What happens.
@@ -196,6 +199,7 @@ class State:
         member.status = status
         pause_s = now_s - member.heard_s - self._settings.heartbeat_s
         member.late_s = max(pause_s, (1.0 - _FORGET) * member.late_s)
+        self._group_late_s = max(pause_s, self._group_late_s)
         member.heard_s = now_s
         # Its reports come often, and most need no answer but the sign of life.
         member.asked = now_s - member.told_s > self._settings.heartbeat_s / 2
@@ -204,12 +208,12 @@ class State:
     def tick(self, now_s: float, late_s: float) -> None:
         """Look at the time. `late_s`: how long this look was overdue."""
         self._now_s = now_s
-        self._late_s = max(late_s, (1.0 - _FORGET) * self._late_s)
+        self._group_late_s = max(late_s, (1.0 - _GROUP_FORGETS) * self._group_late_s)
         for peer, member in list(self.members.items()):
             member.heard_s += max(0.0, late_s)
-            # A machine that runs the master late may run the peers late as well.
+            # What held up one of them on a busy machine may hold up another one next.
             patience_s = self._settings.timeout_s + max(
-                _PATIENCE * member.late_s, _OWN_PATIENCE * self._late_s
+                _PATIENCE * member.late_s, _GROUP_PATIENCE * self._group_late_s
             )
             if now_s - member.heard_s > patience_s:
                 self._drop(peer)
