@@ -86,4 +86,12 @@ SCENARIOS = {
         },
         links={"name": "links", "latency_s": 0.01}, device={"name": "device", "flops_per_s": 1e8},
     ),
+    # A server and 10 clients with 3 to 5 kinds of digits each, in unequal numbers; a step on a batch
+    # of 32 takes 0.1 s.
+    "digits_silos": Scenario(
+        name="training.digits_silos", peers=11, seconds=120.0, eval_every=1, eval_peers=1,
+        task={"name": "digits", "split": "uneven", "classes_per_peer": 3, "spread": 0.5},
+        links={"name": "links", "latency_s": 0.005},
+        device={"name": "device", "flops_per_s": 6.47168e6},
+    ),
 }  # fmt: skip
