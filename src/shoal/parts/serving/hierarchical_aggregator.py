@@ -42,6 +42,7 @@ class _Worker:
 
     process: BaseProcess
     requests: connection.Connection
+    pid: int
     job: Job | None = None
 
 
@@ -103,7 +104,7 @@ class HierarchicalAggregator:
     @property
     def pids(self) -> tuple[int, ...]:
         """The processes of the workers."""
-        return tuple(worker.process.pid or 0 for worker in self._workers)
+        return tuple(worker.pid for worker in self._workers)
 
     def aggregate(
         self, updates: Iterable[tuple[int, float, Tensor | np.ndarray]], expected: int | None = None
@@ -199,7 +200,7 @@ class HierarchicalAggregator:
         if problem:
             tree.failed(job)
             self.store.release(job.out)
-            raise ShoalError(f"aggregator {worker.process.pid}: {problem}")
+            raise ShoalError(f"aggregator {worker.pid}: {problem}")
         tree.added(job)
 
     def _replace(self, tree: AggregationTree, worker: _Worker) -> None:
@@ -221,7 +222,7 @@ class HierarchicalAggregator:
         process = self._context.Process(target=_worker.serve, args=(theirs,), daemon=True)
         process.start()
         theirs.close()
-        return _Worker(process, ours)
+        return _Worker(process, ours, process.pid or 0)
 
     def _renew(self, worker: _Worker) -> None:
         """Whoever wrote into its slot is gone for certain when this returns."""
@@ -230,7 +231,8 @@ class HierarchicalAggregator:
         worker.process.join()
         worker.process.close()
         new = self._start()
-        worker.process, worker.requests, worker.job = new.process, new.requests, None
+        worker.process, worker.requests, worker.pid = new.process, new.requests, new.pid
+        worker.job = None
 
     def _read(self, result: Addend) -> Aggregated:
         if not result.weight > 0:

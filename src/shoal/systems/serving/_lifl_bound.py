@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from shoal.base import keyed as draws
-from shoal.base.errors import Leaving
+from shoal.base.errors import Leaving, PeerError
 from shoal.base.ids import PeerId
 from shoal.kernel.peer import Cost, Peer
 from shoal.parts.optimise.sgd import SGD
@@ -22,7 +22,7 @@ from shoal.systems.serving._lifl_coordinator import Coordinator
 from shoal.systems.serving._lifl_costs import Costs, costs_of
 from shoal.systems.serving._lifl_gateway import Gateway
 from shoal.systems.serving._lifl_layout import Layout
-from shoal.systems.serving._lifl_wire import Ended, Result, sound
+from shoal.systems.serving._lifl_wire import Ended, Hello, Result, seal, sound
 from shoal.tensor import keyed
 from shoal.tensor.flops import count_flops
 
@@ -158,10 +158,31 @@ class Bound:
             role.close()
 
     async def _until_ended(self, peer: Peer) -> None:
-        """Until the coordinator says so; the final model is everybody's."""
-        while (envelope := await peer.recv(Ended, deadline=self.end_s)) is not None:
+        """Until the coordinator says so, or is gone; the final model is everybody's."""
+        quiet_s = self.settings.quiet_s
+        # Whoever begins later than the others may have come too late.
+        until_s = quiet_s if peer.now() < self.settings.patience_s else peer.now()
+        while peer.now() < self.end_s:
+            envelope = await peer.recv(Ended, deadline=min(self.end_s, until_s))
+            if envelope is None:
+                if not await self._coordinated(peer):
+                    return
+                until_s = peer.now() + quiet_s
+                continue
             ended = envelope.message
             if sound(ended) and ended.params.shape == self.workload.initial.shape:
                 peer.enter_round(ended.round)
                 peer.record("params", self.workload.there(ended.params))
                 return
+
+    async def _coordinated(self, peer: Peer) -> bool:
+        """Whether the coordinator answers, within a while."""
+        patience_s = self.settings.patience_s
+        until_s = peer.now() + self.settings.quiet_s
+        while peer.now() < until_s:
+            try:
+                await peer.request(PeerId(0), seal(Hello), deadline=peer.now() + patience_s)
+                return True
+            except PeerError:
+                await peer.sleep_until(peer.now() + patience_s)
+        return False

@@ -141,11 +141,11 @@ def kept_for_nothing(rows: Rows) -> dict[int, float]:
 
 
 def accuracy_apart(rows: Rows) -> dict[int, float]:
-    """The largest difference of accuracy from plain averaging, in any round."""
+    """The largest difference of peer 0's accuracy from a hub's that averages all, in any round."""
     out = {}
     for seed in rows.seeds:
         tree, plain = (
-            {row.round: row.value for row in rows.series(arm, seed, "mean_model_accuracy")}
+            {row.round: row.value for row in rows.series(arm, seed, "accuracy", peer=0)}
             for arm in ("tree", "fedavg")
         )
         both = sorted(set(tree) & set(plain))

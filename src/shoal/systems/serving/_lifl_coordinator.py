@@ -6,12 +6,14 @@ import math
 from typing import TYPE_CHECKING
 
 from shoal.base.errors import PeerError
-from shoal.kernel.peer import Peer
+from shoal.kernel.peer import Envelope, Peer
 from shoal.kernel.tasks import TaskHandle
 from shoal.parts.serving.hierarchy import Hierarchy
 from shoal.parts.serving.placement import Placement
 from shoal.systems.serving._lifl_wire import (
     Ended,
+    Got,
+    Hello,
     Over,
     Plan,
     Planned,
@@ -48,6 +50,7 @@ class Coordinator:
     async def live(self) -> None:
         """All rounds, then the end for everybody."""
         peer, bound = self.peer, self.bound
+        peer.serve(Hello, self._hello)
         await self._remember()
         for round in range(self.first_round, bound.rounds):
             peer.enter_round(round)
@@ -65,6 +68,9 @@ class Coordinator:
         for other in peer.roster:
             if other != peer.id:
                 await peer.send(other, ended)
+
+    async def _hello(self, envelope: Envelope[Hello]) -> Got:
+        return seal(Got)
 
     async def _remember(self) -> None:
         store = self.peer.store
@@ -133,10 +139,11 @@ class Coordinator:
         plans = {}
         for node, plan in taking:
             goal = math.ceil(settings.goal * plan.updates)
+            count = len(taking) if plan.top else 0
             warm = plan.leaves
             if not settings.reuse:
-                warm += plan.middle + (plan.top and len(taking) > 1)
-            count = len(taking) if plan.top else 0
+                # One for each sum that will be made.
+                warm = -(-goal // settings.fan_in) + plan.middle + (count > 1)
             plans[node] = seal(Plan, round, attempt, goal, warm, int(top), count)
         return plans
 

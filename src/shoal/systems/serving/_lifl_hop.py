@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Client, Connection, Listener
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -23,8 +24,8 @@ WARM_UP = 2
 
 @dataclass(frozen=True)
 class Hop:
-    """wall_s, cpu_s: of all updates, the processor time of all processes; error: largest relative
-    difference of the receiver's sum from the flat weighted sum."""
+    """wall_s, cpu_s: the median wave, the processor time of all processes; error: largest relative
+    difference of the receiver's last sum from the flat weighted sum."""
 
     wall_s: float
     cpu_s: float
@@ -166,21 +167,24 @@ def _way(transport: str, size: int) -> Iterator[_Way]:
             yield _Way(transport, receiver, data, broker)
 
 
-def measured(transport: str, updates: np.ndarray, times: int) -> Hop:
-    """Send `times` of the updates [count, size] in turn, each when the last one is in the sum."""
+def measured(transport: str, updates: np.ndarray, times: int, waves: int = 1) -> Hop:
+    """Send `times` of the updates [count, size] in turn, each when the last one is in the sum; so
+    in each of `waves`."""
     count, size = updates.shape
     with _way(transport, size) as way, SharedObjectStore(size, 2) as store:
         for place in range(WARM_UP):
             way.send(store, updates[place % count], 1.0, True)
-        before_s, watch = way.cpu_s(), Stopwatch()
-        for place in range(times):
-            way.send(store, updates[place % count], 1.0 + place, not place)
-        wall_s, own_s = watch.wall_s, watch.cpu_s
-        cpu_s = own_s + way.cpu_s() - before_s
+        wall_s, cpu_s = [], []
+        for _ in range(waves):
+            before_s, watch = way.cpu_s(), Stopwatch()
+            for place in range(times):
+                way.send(store, updates[place % count], 1.0 + place, not place)
+            wall_s.append(watch.wall_s)
+            cpu_s.append(watch.cpu_s + way.cpu_s() - before_s)
         way.receiver.send("sum")
         total = np.frombuffer(way.receiver.recv_bytes(), np.float32)
     exact = np.zeros(size)
     for place in range(times):
         exact += (1.0 + place) * updates[place % count]
     error = float(np.abs(total - exact).max() / np.abs(exact).max())
-    return Hop(wall_s, cpu_s, error)
+    return Hop(median(wall_s), median(cpu_s), error)

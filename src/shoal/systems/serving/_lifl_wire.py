@@ -118,8 +118,15 @@ class Partial:
 
 
 @message
+class Hello:
+    """To the coordinator: are you there?"""
+
+    check: int
+
+
+@message
 class Got:
-    """The top has it."""
+    """I am, or I have it."""
 
     check: int
 

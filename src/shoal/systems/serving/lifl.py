@@ -43,8 +43,9 @@ class LIFL:
     them that is enough. lr, steps, batch_size: their SGD; client_s, client_spread: what it takes in
     virtual time (0 = by counting flops) and how far it varies; hibernating, hibernate_s: chance
     that a client sleeps first, and for how long at most. collect_s: wait for updates; patience_s:
-    silence after which a peer is taken to be gone; attempts: at a round before it is skipped;
-    pace_s: a round at most so often. slots: objects in a gateway's memory (None = enough).
+    silence after which a peer is taken to be gone, quiet_s: the coordinator; attempts: at a round
+    before it is skipped; pace_s: a round at most so often. slots: objects in a gateway's memory
+    (None = enough).
 
     Assumes that clients are honest and the peers of a node share a machine; the coordinator and the
     gateways may crash and come back, a round under way begins again then.
@@ -78,6 +79,7 @@ class LIFL:
     hibernate_s: float = 0.0
     collect_s: float = 4.0
     patience_s: float = 0.5
+    quiet_s: float = 10.0
     attempts: int = 3
     pace_s: float = 0.0
     slots: int | None = None
@@ -85,7 +87,7 @@ class LIFL:
     def __post_init__(self) -> None:
         check_positive(
             "lifl", self, "nodes", "capacity", "fan_in", "steps", "batch_size", "collect_s",
-            "patience_s", "attempts", finite=True,
+            "patience_s", "quiet_s", "attempts", finite=True,
         )  # fmt: skip
         if self.placement not in POLICIES:
             raise UsageError(
@@ -145,14 +147,14 @@ INVARIANTS = (
 _FIVE = {
     "nodes": 5, "aggregators": 12, "capacity": 20, "cold_start_s": 2.0, "fewest": 20, "most": 100,
     "client_s": 10.0, "client_spread": 0.05, "costs": "shared", "collect_s": 60.0,
-    "patience_s": 10.0, "steps": 1, "batch_size": 8,
+    "patience_s": 10.0, "quiet_s": 600.0, "steps": 1, "batch_size": 8,
 }  # fmt: skip
 """5 nodes that can take 20 updates each; 20 to 100 clients of a round are done within a second."""
 
 _OF_OLD = {"placement": "worst_fit", "planning": False, "reuse": False, "eager": False}
 _TWENTY = {**_FIVE, "fewest": 20, "most": 20}
 _LEARNING = {
-    "peers": 40, "rounds": 30, "eval_every": 1,
+    "peers": 40, "rounds": 30, "eval_every": 1, "eval_peers": None,
     "task": {
         "name": "digits", "split": "dirichlet", "alpha": 0.3, "hidden": [64],
         "holders": list(range(9, 40)),
@@ -230,7 +232,7 @@ SYSTEM = System(
         ),
         Claim(
             "reuse", "Using warm aggregators again spares 40% of the cold starts",
-            at_least(0.4), measure=measured.starts_saved,
+            at_least(0.4), measure=measured.starts_saved, scale="full",
         ),
         Claim(
             "without-memory", "Without shared memory it takes more processor time",

@@ -33,13 +33,13 @@ EXACT = 1e-6
 
 def lifl_machine(
     scenario: Scenario, transport: str = "shared", megabytes: float = 1.0, updates: int = 4,
-    workers: int = 5, kills: int = 3,
+    waves: int = 1, workers: int = 5, kills: int = 3,
 ) -> Run:  # fmt: skip
-    """Send or sum `updates` of `megabytes` MiB; of a tree, with `workers` and `kills` of them.
+    """Send `waves` of `updates` of `megabytes` MiB, or sum one by `workers`, of whom `kills` die.
 
     Rows: updates; wrong: 1 if the sum is further than 1e-6 of itself from the flat weighted sum;
     left: pieces of shared memory that this process still has; lost: updates that are not in it.
-    wall_s and cpu_s of the run are those of all updates (cpu_s of a tree: this process alone).
+    wall_s and cpu_s of the run are those of the median wave (cpu_s of a tree: this process alone).
     """
     if transport not in (*TRANSPORTS, "tree", "killed"):
         raise UsageError(
@@ -47,16 +47,17 @@ def lifl_machine(
             "killed"
         )
     size = int(megabytes * (1 << 20)) // 4
-    if size < 1 or updates < 1 or workers < 1 or kills < 0:
+    if size < 1 or min(updates, waves, workers) < 1 or kills < 0:
         raise UsageError(
-            f"lifl-machine: megabytes={megabytes}, updates={updates}, workers={workers}, "
-            f"kills={kills}; need a number at least, an update and a worker"
+            f"lifl-machine: megabytes={megabytes}, updates={updates}, waves={waves}, "
+            f"workers={workers}, kills={kills}; need a number, an update, a wave and a worker"
         )
     draws = np.random.default_rng(scenario.seed)
     numbers = draws.standard_normal((min(_DIFFERENT, updates), size), dtype=np.float32)
     rows = {"updates": float(updates), "lost": 0.0}
+    before = mapped()
     if transport in TRANSPORTS:
-        hop = measured(transport, numbers, updates)
+        hop = measured(transport, numbers, updates, waves)
         wall_s, cpu_s, error = hop.wall_s, hop.cpu_s, hop.error
     else:
         wall_s, cpu_s, error, lost = _tree(
@@ -65,14 +66,14 @@ def lifl_machine(
         rows["lost"] = float(lost)
         rows["kills"] = float(kills if transport == "killed" else 0)
     rows["wrong"] = float(error > EXACT)
-    rows["left"] = float(left())
+    rows["left"] = float(mapped() - before)
     run = Run("study", scenario.seed, scenario.peers)
     run.rows = [Row(name, value, 0.0) for name, value in rows.items()]
     run.wall_s, run.cpu_s = wall_s, cpu_s
     return run
 
 
-def left() -> int:
+def mapped() -> int:
     """Pieces of shared objects' memory that this process has mapped."""
     maps = Path("/proc/self/maps").read_text(encoding="utf-8")
     return maps.count("memfd:shoal-objects")

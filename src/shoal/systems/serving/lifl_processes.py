@@ -17,7 +17,7 @@ _RUN = {
     "nodes": 1, "aggregators": 3, "pace_s": 0.3, "patience_s": 1.0, "collect_s": 10.0,
     "attempts": 5, "lr": 0.05,
 }  # fmt: skip
-_UPDATE = {"megabytes": 44.0, "updates": 8}
+_UPDATE = {"megabytes": 44.0, "updates": 8, "waves": 5}
 
 SYSTEM = System(
     name="lifl-processes",
@@ -106,6 +106,6 @@ SYSTEM = System(
         "the undisturbed run is in virtual time; both begin and train with the same draws",
         "gateway and coordinator are not killed here; fault exploration crashes them, too",
     ),
-    small=Budget(seeds=1, scenario={"rounds": 20}),
-    full=Budget(seeds=5),
+    small=Budget(seeds=1, scenario={"rounds": 40}),
+    full=Budget(seeds=2),
 )  # fmt: skip

@@ -13,7 +13,7 @@ SCENARIOS = {
     ),
     # A coordinator, a gateway and 3 aggregators, 4 clients, as processes of one machine.
     "one_machine": Scenario(
-        name="serving.one_machine", peers=9, rounds=60, eval_every=10, eval_peers=1,
+        name="serving.one_machine", peers=9, rounds=100, eval_every=10, eval_peers=1,
         task={"name": "digits", "split": "iid", "hidden": [2048], "holders": [5, 6, 7, 8]},
     ),
 }  # fmt: skip
