@@ -205,7 +205,7 @@ def test_stacked_estimates_equal_single_ones() -> None:
 
 @given(st.integers(1, 300), words, st.sampled_from([1e-3, 1e-1, 3.0]))
 def test_perturbing_in_place_comes_back(dim: int, key: int, eps: float) -> None:
-    """Invariant: within a rounding of |x| + eps |z| for each of three steps; exactly with backup."""
+    """Within a rounding of |x| + eps |z| for each of three steps; exactly with a backup."""
     x = torch.randn(dim, generator=torch.Generator().manual_seed(dim))
     before, z = x.clone(), noise(keys(key), dim)[0]
     slope_in_place(lambda: x.sum(), [x], key, eps)
