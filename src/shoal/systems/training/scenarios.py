@@ -94,4 +94,11 @@ SCENARIOS = {
         links={"name": "links", "latency_s": 0.005},
         device={"name": "device", "flops_per_s": 6.47168e6},
     ),
+    # 5 strangers with equal shares of real 8x8 digits and a wide network.
+    "digits_five": Scenario(
+        name="training.digits_five", peers=5, rounds=10, eval_every=1, initial="independent",
+        task={"name": "digits", "split": "iid", "standardise": True, "hidden": [256, 256]},
+        topology={"name": "full"}, links={"name": "links", "latency_s": 0.02},
+        device={"name": "device", "flops_per_s": 1e8},
+    ),
 }  # fmt: skip

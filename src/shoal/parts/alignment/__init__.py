@@ -1,0 +1,1 @@
+"""Hidden units of one network put into the order of another one's."""
