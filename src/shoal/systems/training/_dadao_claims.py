@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from shoal.lab.card import Arm
 from shoal.lab.faults import FaultSetting
 from shoal.lab.rows import Rows
 from shoal.lab.scenario import Scenario
@@ -38,6 +39,20 @@ def one_slow(scenario: Scenario) -> Scenario:
     """Peer 0 computes ten times slower."""
     fault = FaultSetting("slow", who=(0,), settings={"factor": SLOWER})
     return replace(scenario, faults=(*scenario.faults, fault))
+
+
+def counted(method: str = "dadao", peers: int = 16, **more: object) -> Arm:
+    """An arm of `dadao-counted`; more: topology and condition of the scenario, settings.
+
+    >>> counted(condition=10.0, slow=2.0).set
+    {'method': 'dadao', 'slow': 2.0}
+    """
+    scenario: dict[str, object] = {"peers": peers}
+    if "topology" in more:
+        scenario["topology"] = more.pop("topology")
+    if "condition" in more:
+        scenario["task.condition"] = more.pop("condition")
+    return Arm(system="dadao-counted", set={"method": method, **more}, scenario=scenario)
 
 
 # Measures: Rows -> one number per seed.

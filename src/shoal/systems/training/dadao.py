@@ -38,6 +38,7 @@ from shoal.parts.topology.full import Full
 from shoal.rounds.workload import Workload
 from shoal.systems.training import _dadao_charts as charts
 from shoal.systems.training import _dadao_claims as measured
+from shoal.systems.training._dadao_claims import counted
 from shoal.systems.training._dadao_flow import Constants
 from shoal.systems.training._dadao_peer import live, spike
 from shoal.tensor import keyed
@@ -150,16 +151,6 @@ class Bound:
 INVARIANTS = (measured.exchanges_count_once, measured.both_ends_apply, measured.sums_are_kept)
 """What every run keeps, whatever its faults: for fault fuzzing."""
 
-
-def _race(method: str = "dadao", peers: int = 16, **more: object) -> Arm:
-    """An arm of `dadao-counted`; more: of the scenario, and of the method."""
-    scenario: dict[str, object] = {"peers": peers}
-    for key in ("topology", "condition"):
-        if key in more:
-            scenario["task.condition" if key == "condition" else key] = more.pop(key)
-    return Arm(system="dadao-counted", set={"method": method, **more}, scenario=scenario)
-
-
 _CYCLE = {"name": "ring"}
 _GRID = {"name": "torus", "wrap": False}
 _BARBELL = {"name": "from_edges", "edges": measured.barbell(16)}
@@ -178,37 +169,37 @@ SYSTEM = System(
     ),
     scenario="training.quadratics",
     arms={
-        "dadao": _race(),
-        "condition 10": _race(condition=10.0),
-        "condition 100": _race(condition=100.0),
-        "condition 300": _race(condition=300.0),
-        "condition 1000": _race(condition=1000.0),
-        "tracking": _race("tracking"),
-        "tracking 10": _race("tracking", condition=10.0),
-        "tracking 100": _race("tracking", condition=100.0),
-        "tracking 300": _race("tracking", condition=300.0),
-        "tracking 1000": _race("tracking", condition=1000.0),
-        "peers 8": _race(peers=8),
-        "peers 32": _race(peers=32),
-        "ssda": _race("ssda"),
-        "ssda 8": _race("ssda", peers=8),
-        "ssda 32": _race("ssda", peers=32),
-        "star": _race(topology="star"),
-        "cycle": _race(topology=_CYCLE),
-        "grid": _race(topology=_GRID),
-        "barbell": _race(topology=_BARBELL),
-        "barbell optimal": _race(topology=_BARBELL, rates="optimal"),
-        "msda": _race("msda"),
-        "msda star": _race("msda", topology="star"),
-        "msda cycle": _race("msda", topology=_CYCLE),
-        "msda barbell": _race("msda", topology=_BARBELL),
-        "adom+": _race("adom+"),
-        "adom+ star": _race("adom+ consensus", topology="star"),
-        "adom+ cycle": _race("adom+ consensus", topology=_CYCLE),
-        "continuized": _race("continuized"),
-        "gossip SGD": _race("gossip", lr=0.1),
-        "slow peer": _race(slow=_SLOW),
-        "ssda slow peer": _race("ssda", slow=_SLOW),
+        "dadao": counted(),
+        "condition 10": counted(condition=10.0),
+        "condition 100": counted(condition=100.0),
+        "condition 300": counted(condition=300.0),
+        "condition 1000": counted(condition=1000.0),
+        "tracking": counted("tracking"),
+        "tracking 10": counted("tracking", condition=10.0),
+        "tracking 100": counted("tracking", condition=100.0),
+        "tracking 300": counted("tracking", condition=300.0),
+        "tracking 1000": counted("tracking", condition=1000.0),
+        "peers 8": counted(peers=8),
+        "peers 32": counted(peers=32),
+        "ssda": counted("ssda"),
+        "ssda 8": counted("ssda", peers=8),
+        "ssda 32": counted("ssda", peers=32),
+        "star": counted(topology="star"),
+        "cycle": counted(topology=_CYCLE),
+        "grid": counted(topology=_GRID),
+        "barbell": counted(topology=_BARBELL),
+        "barbell optimal": counted(topology=_BARBELL, rates="optimal"),
+        "msda": counted("msda"),
+        "msda star": counted("msda", topology="star"),
+        "msda cycle": counted("msda", topology=_CYCLE),
+        "msda barbell": counted("msda", topology=_BARBELL),
+        "adom+": counted("adom+"),
+        "adom+ star": counted("adom+ consensus", topology="star"),
+        "adom+ cycle": counted("adom+ consensus", topology=_CYCLE),
+        "continuized": counted("continuized"),
+        "gossip SGD": counted("gossip", lr=0.1),
+        "slow peer": counted(slow=_SLOW),
+        "ssda slow peer": counted("ssda", slow=_SLOW),
         "messages": Arm(set={"audit": False}),
         "messages slow": Arm(
             set={"audit": False, "gradient_rates": (1 / _SLOW, *(1.0,) * 15)},
@@ -310,28 +301,32 @@ SYSTEM = System(
     ),
     charts=(
         Chart(
-            "Mean squared distance to the minimum (log10, of the start's)",
+            "Orders of magnitude by which the squared distance to the minimum has fallen",
             "curves",
-            charts.distances,
+            charts.magnitudes,
             "units of time",
-            "log10",
+            "orders of magnitude",
         ),
         Chart(
-            "Gradients until a millionth of it, by condition number",
-            "curves",
+            "Gradients until a millionth of the distance, by condition number",
+            "bars",
             charts.gradients_by_condition,
-            "log10 of the condition number",
-            "log10 of gradients",
+            "condition number",
+            "gradients",
         ),
         Chart(
-            "Exchanges, by peers of a full graph",
-            "curves",
+            "Exchanges until then, by peers of a full graph",
+            "bars",
             charts.exchanges_by_peers,
-            "log10 of peers",
-            "log10 of exchanges",
+            "peers",
+            "exchanges",
         ),
-        Chart("Exchanges, by method and graph", "bars", charts.exchanges, "", "exchanges"),
-        Chart("Gradients, by method and graph", "bars", charts.gradients, "", "gradients"),
+        Chart(
+            "Exchanges, by graph of 16 peers", "bars", charts.exchanges_by_graph, "", "exchanges"
+        ),
+        Chart(
+            "Gradients, by graph of 16 peers", "bars", charts.gradients_by_graph, "", "gradients"
+        ),
     ),
     deviations=(
         "quadratics with one set of axes and random centres stand for the paper's regressions: "
