@@ -230,8 +230,8 @@ def rounds_to_small(rows: Rows) -> dict[int, float]:
 def reaches_half(rows: Rows) -> dict[int, float]:
     """The first round in which some FedAMD has 5e-4, minus the first in which some FedAvg has."""
     return {
-        s: min(min(_reached(rows, arm, s, 5e-4) for arm in (*FEDAMD, SEQUENTIAL)), 1e6)
-        - min(min(_reached(rows, arm, s, 5e-4) for arm in FEDAVG), 1e6)
+        s: min(min(_reached(rows, arm, s, 5e-4) for arm in (*FEDAMD, SEQUENTIAL)), 151.0)
+        - min(min(_reached(rows, arm, s, 5e-4) for arm in FEDAVG), 151.0)
         for s in rows.seeds
     }
 
@@ -253,13 +253,21 @@ def as_accurate(rows: Rows) -> dict[int, float]:
     }
 
 
-def as_soon(rows: Rows) -> dict[int, float]:
+def _sooner(rows: Rows, lr: str) -> dict[int, float]:
     """Rounds to 85% at equal learning rate, the first pass counted, FedAMD minus FedAvg."""
-    return {
-        s: rows.reach("p 0.6 lr 0.03", s, "mean_model_accuracy", 0.85)
-        - rows.reach("fedavg 0.03", s, "mean_model_accuracy", 0.85)
-        for s in rows.seeds
-    }
+    arms = (f"p 0.6 lr {lr}", f"fedavg {lr}")
+    when = {s: [rows.reach(a, s, "mean_model_accuracy", 0.85) for a in arms] for s in rows.seeds}
+    return {s: ours - theirs for s, (ours, theirs) in when.items()}
+
+
+def as_soon(rows: Rows) -> dict[int, float]:
+    """At the smallest rate."""
+    return _sooner(rows, "0.03")
+
+
+def as_soon_at_best(rows: Rows) -> dict[int, float]:
+    """At the rate that is best for FedAMD."""
+    return _sooner(rows, "0.1")
 
 
 def constant_over_sequential(rows: Rows) -> dict[int, float]:
@@ -335,6 +343,17 @@ SYSTEM = System(
             "at learning rate 0.03 it has 85% no later than FedAvg",
             at_most(0.0),
             measure=as_soon,
+            scale="full",
+            expected="fails",
+            reason="24 to 29 rounds against 14 to 20: the first time counts, and FedAvg's accuracy "
+            "varies by several points, so it is above 85% by chance long before it is for good; "
+            "besides, round 0 is a round of training by all 50 for FedAvg and none for FedAMD",
+        ),
+        Claim(
+            "as-soon-at-0.1",
+            "at learning rate 0.1, its best, it has 85% no later than FedAvg",
+            at_most(0.0),
+            measure=as_soon_at_best,
             scale="full",
         ),
         Claim(
