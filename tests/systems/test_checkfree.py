@@ -280,6 +280,29 @@ def test_measures_read_what_runs_leave() -> None:
     assert times[-1][1] == pytest.approx(2.0)
     assert times[-1][0] > 10 + 2.0 * 3
     assert [time_s for time_s, _ in times] == sorted(time_s for time_s, _ in times)
+    curves = measured.losses(rows)
+    assert curves["redundant"][-1] == (pytest.approx(10 * 1.65), 2.0)
+    assert curves["checkfree"][0] == (9.0, 2.3)
+
+
+def test_pictures_and_prices_compare_the_same_iterations() -> None:
+    def arm(above: float) -> Run:
+        labels = (("rule", "copy"),)
+        probes = [Row("probe", above + s, 0.0, 25, s, labels) for s in range(1, 6)]
+        return Run("study", 0, 6, [
+            *(Row("loss", 3.0 - n / 10 + above / (n + 1), n, n) for n in range(26)), *probes,
+            *(Row("probe", above + s, 0.0, 25, s, (("rule", "partner"),)) for s in (1, 5)),
+        ])  # fmt: skip
+
+    runs = {("failure-free", 0): arm(0.0), ("swapped", 0): arm(1.0)}
+    worlds = {key: replace(WORLD, rounds=10) for key in runs}
+    rows = Rows(runs, ["failure-free", "swapped"], [0], worlds)
+    assert measured.price(rows, 0, 4) == pytest.approx(0.2)
+    assert measured.price_shrinks(rows)[0] == pytest.approx(1 / 9 - 1 / 26)
+    assert measured.ends_after_swaps(rows)[0] == pytest.approx(4.0 / 3.0)
+    assert measured.prices(rows)["seed 0"][4] == (4.0, pytest.approx(0.2))
+    assert measured.rules(rows)["copy"] == [("S2", 2.0), ("S3", 3.0), ("S4", 4.0)]
+    assert measured.rules(rows)["weighted"] == []
 
 
 def applied(peer: int, update: int, attempt: int, time_s: float = 1.0) -> Row:
