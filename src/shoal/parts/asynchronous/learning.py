@@ -72,8 +72,9 @@ class Learning:
     for the operations that are counted. A class with settings makes one in its `bind(workload)`.
 
     The server records "params" with every version that is to be reported, and for each version
-    "applied" with the names of its works and "staleness", their mean; at its end how many works
-    were `works_taken`, `works_applied`, ... (see `audit`). Clients end with the last model, too.
+    "applied" with the names of its works and how late each was, and "staleness", the mean of that;
+    at its end how many works were `works_taken`, `works_applied`, ... (see `audit`). Clients end
+    with the last model, too.
 
     >>> from shoal.parts import find
     >>> from shoal.parts.asynchronous.buffered import Buffered

@@ -204,7 +204,7 @@ class Server:
         self.state = state
         versions.advance(params)
         self.desk.use(deltas)
-        self._row("applied", versions.version, deltas)
+        self._row("applied", versions.version, deltas, late=" ".join(map(str, late)))
         if late:
             self._row("staleness", sum(late) / len(late))
         if versions.version % self.learning.workload.report_every == 0 or self.over:
