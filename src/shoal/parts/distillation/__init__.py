@@ -1,0 +1,1 @@
+"""Small synthetic data sets in place of real ones: how they begin, are learned and are used."""
