@@ -17,6 +17,7 @@ from shoal.base.errors import DecodeError, UsageError
 from shoal.parts.tasks.digits import Digits
 from shoal.parts.tasks.rotated_digits import RotatedDigits, turned
 from shoal.parts.zeroth_order import noise as noise_module
+from shoal.parts.zeroth_order.machine import Machine
 from shoal.parts.zeroth_order.noise import descend_along, noise, noise_rows, walk_in_place
 from shoal.parts.zeroth_order.replay import Entry, Log, Rule, apply, pack, unpack
 from shoal.parts.zeroth_order.scalars import FourBytes, OneByte
@@ -387,6 +388,60 @@ def test_entries_and_rules_that_cannot_be() -> None:
     with pytest.raises(UsageError, match="samples=0"):
         Rule(0, 0.1, samples=0)
     assert pack([], ()) == b""
+
+
+# A machine for weights of one's own.
+
+
+def test_machines_with_data_of_their_own_hold_the_same_bits_and_learn() -> None:
+    start = [torch.randn(4, 3, generator=torch.Generator().manual_seed(1)), torch.zeros(4)]
+    rule = Rule(run=3, lr=0.02, samples=2)
+    data = [torch.randn(3, generator=torch.Generator().manual_seed(2 + m)) for m in range(3)]
+    machines = [Machine([t.clone() for t in start], rule, m, eps=1e-2) for m in range(3)]
+
+    def loss(machine: int) -> float:
+        weight, bias = machines[machine].tensors
+        return float((weight @ data[machine] + bias - 1.0).square().mean())
+
+    before = sum(loss(m) for m in range(3))
+    for _ in range(150):
+        offers = {m: machines[m].offer(lambda _, m=m: torch.tensor(loss(m))) for m in range(3)}
+        entries = {machine.apply(offers) for machine in machines}
+        assert len(entries) == 1
+        assert len({machine.digest() for machine in machines}) == 1
+    assert sum(loss(m) for m in range(3)) < 0.5 * before
+    kept = machines[0].digest()
+    machines[0].refresh(start)
+    assert machines[0].digest() == kept
+    flat = torch.cat([t.flatten() for t in start])
+    expected = torch.cat([t.flatten() for t in machines[0].tensors])
+    assert bits(machines[0].log.replay(flat)) == bits(expected)
+
+
+def test_without_a_copy_weights_drift_and_are_made_anew() -> None:
+    start = torch.randn(50, generator=torch.Generator().manual_seed(1))
+    rule = Rule(run=3, lr=0.01)
+    exact, cheap = (Machine([start.clone()], rule, 0, backup=backup) for backup in (True, False))
+    for _ in range(30):
+        told = exact.offer(lambda _: exact.tensors[0].square().sum())
+        cheap.offer(lambda _: cheap.tensors[0].square().sum())
+        for machine in (exact, cheap):
+            machine.apply({0: told})
+    assert exact.digest() != cheap.digest()
+    torch.testing.assert_close(exact.tensors[0], cheap.tensors[0], rtol=1e-4, atol=1e-5)
+    cheap.refresh([start])
+    assert exact.digest() == cheap.digest()
+
+
+def test_a_machine_drops_losses_that_are_not_finite() -> None:
+    machine = Machine([torch.ones(2)], Rule(run=1, lr=0.1, samples=2), 4)
+    told = machine.offer(lambda sample: torch.tensor(math.nan if sample else 1.0))
+    assert told[1] == 0
+    assert machine.dropped == 1
+    with pytest.raises(UsageError, match="one dtype"):
+        Machine([torch.ones(1), torch.ones(1).double()], Rule(run=1, lr=0.1), 0)
+    with pytest.raises(UsageError, match="eps="):
+        Machine([torch.ones(1)], Rule(run=1, lr=0.1), 0, eps=0.0)
 
 
 # The task.

@@ -52,8 +52,10 @@ class JustOneByte:
     iteration. check_every: iterations between comparisons of the weights' digests (0 = never);
     audit: record what the invariants compare.
 
-    Assumes that most of the group live at any time, that each starts again without what it promised
-    only later than founding_s, and that the loss is a function of the weights and the batch alone.
+    Assumes that most of the first group begin within founding_s, that most of the group live at any
+    time, that who loses its store within founding_s stays away until then, and that the loss is a
+    function of the weights and the batch alone. For weights of your own, over any transport, see
+    `shoal.parts.zeroth_order.machine`.
 
     >>> JustOneByte(lr=6e-3, samples=16).number
     'byte'
