@@ -38,7 +38,7 @@ def test_an_object_is_read_where_it_lies() -> None:
         assert store.get(key).data_ptr() == store.get(key).data_ptr()
         assert store.get(key).shape == (2, 3)
         elsewhere = mapped.view(key)
-        assert elsewhere[:6].tolist() == [0, 1, 2, 3, 4, 5]
+        assert elsewhere.tolist() == [0, 1, 2, 3, 4, 5]
         # Two mappings of one memory: what is written into one is in the other.
         elsewhere[2] = 9.0
         assert store.get(key)[0, 2] == 9.0
@@ -115,9 +115,9 @@ def test_keys_of_other_stores_and_of_closed_ones_are_void() -> None:
             two.get(key)
         with pytest.raises(UsageError, match="3 bytes"):
             one.get(b"abc")
-        assert mapped.view(key)[:2].tolist() == [1.0, 1.0]
+        assert mapped.view(key).tolist() == [1.0, 1.0]
         other = two.put(np.full(2, 2.0))
-        assert mapped.view(other)[:2].tolist() == [2.0, 2.0]
+        assert mapped.view(other).tolist() == [2.0, 2.0]
         one.close()
         with pytest.raises(StoreGone):
             mapped.view(key)

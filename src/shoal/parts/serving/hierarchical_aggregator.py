@@ -60,9 +60,9 @@ class HierarchicalAggregator:
     Source: LIFL (Qi et al. 2024), sections on shared-memory processing and hierarchies.
 
     >>> updates = [(0, 1.0, np.float32([1, 2])), (1, 3.0, np.float32([5, 6]))]
-    >>> with HierarchicalAggregator(2, workers=1) as aggregator:  # doctest: +SKIP
-    ...     aggregator.aggregate(updates).mean
-    array([4., 5.], dtype=float32)
+    >>> with HierarchicalAggregator(2, workers=1) as aggregator:
+    ...     aggregator.aggregate(updates).mean.tolist()
+    [4.0, 5.0]
     """
 
     def __init__(

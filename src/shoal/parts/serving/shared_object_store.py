@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _KEY = struct.Struct("<IHHII")
 KEY_BYTES = _KEY.size
 _PAGE = mmap.PAGESIZE
-_HEADER = struct.Struct("<8sQQ8s")
+_HEADER = struct.Struct("<8sQQQ8s")
 _MAGIC = b"shoalobj"
 _CHECKED = 1 << 16
 """Numbers that are copied and looked at together, while they are in the processor's cache."""
@@ -109,7 +109,7 @@ class SharedObjectStore:
             )
         os.ftruncate(descriptor, _PAGE + slots * stride)
         self._map = mmap.mmap(descriptor, _PAGE + slots * stride)
-        _HEADER.pack_into(self._map, 0, _MAGIC, stride, slots, self.dtype.name.encode())
+        _HEADER.pack_into(self._map, 0, _MAGIC, self.size, stride, slots, self.dtype.name.encode())
         self._arena = os.fstat(descriptor).st_ino & 0xFFFFFFFF
         self._pid, self._descriptor = os.getpid(), descriptor
         self._stride = stride
@@ -239,7 +239,7 @@ class Mapped:
     def __init__(self) -> None:
         self._arena: tuple[int, int] | None = None
         self._map: mmap.mmap | None = None
-        self._stride = self._slots = 0
+        self._size = self._stride = self._slots = 0
         self._dtype = np.dtype("float32")
 
     def __enter__(self) -> Mapped:
@@ -249,7 +249,7 @@ class Mapped:
         self.close()
 
     def view(self, key: bytes) -> np.ndarray:
-        """A slot as a flat array over the shared memory, its padding included.
+        """The object as a flat array over the shared memory itself.
 
         StoreGone when its owner is gone. Whether the slot still holds the object only the owner
         knows.
@@ -260,8 +260,7 @@ class Mapped:
         assert self._map is not None
         if place.slot >= self._slots:
             raise StoreGone(f"slot {place.slot} of {self._slots}; no such object")
-        count = self._stride // self._dtype.itemsize
-        return np.frombuffer(self._map, self._dtype, count, _PAGE + place.slot * self._stride)
+        return np.frombuffer(self._map, self._dtype, self._size, _PAGE + place.slot * self._stride)
 
     def _open(self, place: _Place) -> None:
         self.close()
@@ -280,11 +279,11 @@ class Mapped:
             opened = mmap.mmap(descriptor, status.st_size)
         finally:
             os.close(descriptor)
-        magic, stride, slots, dtype = _HEADER.unpack_from(opened, 0)
+        magic, size, stride, slots, dtype = _HEADER.unpack_from(opened, 0)
         if magic != _MAGIC:
             opened.close()
             raise StoreGone(f"descriptor {place.descriptor} of {place.pid} is no object store")
-        self._map, self._stride, self._slots = opened, stride, slots
+        self._map, self._size, self._stride, self._slots = opened, size, stride, slots
         self._dtype = np.dtype(dtype.rstrip(b"\0").decode())
         self._arena = (place.pid, place.arena)
 

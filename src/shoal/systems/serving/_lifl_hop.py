@@ -71,7 +71,7 @@ def receive(control: Connection, transport: str, size: int) -> None:
                 continue
             factor, first, key = order
             if transport == "shared":
-                update = mapped.view(key)[:size]
+                update = mapped.view(key)
             elif transport == "bytes":
                 read_into(data, buffer)
                 update = buffer

@@ -11,6 +11,8 @@ Qi et al. 2024 (MLSys, arXiv 2405.10968), sections on shared-memory processing a
 from __future__ import annotations
 
 from shoal.lab.card import Arm, Budget, Claim, Source, System, at_least, at_most
+from shoal.lab.chart import Chart
+from shoal.systems.serving import _lifl_charts as charts
 from shoal.systems.serving import _lifl_kills as measured
 
 _RUN = {
@@ -91,6 +93,12 @@ SYSTEM = System(
         Claim(
             "accuracy", "The last model is within 2 points of an undisturbed run's",
             at_most(0.02), measure=measured.accuracy_apart,
+        ),
+    ),
+    charts=(
+        Chart(
+            "An update of 44 MiB from one sum to the next", "bars", charts.machine, "",
+            "milliseconds",
         ),
     ),
     deviations=(
