@@ -21,6 +21,7 @@ from shoal.parts.pipeline.cost_model import CostModel
 from shoal.parts.pipeline.failure_trace import FailureTrace
 from shoal.parts.pipeline.trainer import Trainer
 from shoal.systems.robust import _checkfree_claims as measured
+from shoal.systems.robust import _checkfree_invariants as kept
 from shoal.systems.robust._checkfree_settings import drawn, parts_at, plan_of
 from shoal.systems.robust.checkfree import INVARIANTS, Pipeline
 from shoal.tensor.threads import one_thread
@@ -234,6 +235,11 @@ def test_methods_share_a_trace_and_a_course() -> None:
     assert [row.value for row in saved.series("repeated")] == [1.0, 1.0]
     assert saved.virtual_s == pytest.approx(4 + 2 + 2 + 2 * 2.0)
     assert [row.peer for row in free.series("spike")] == [2, 4]
+    rises = {(dict(r.labels)["rule"], r.peer): r.value for r in free.series("rise")}
+    assert len(rises) == 5 * 2
+    assert [rises["weighted", row.peer] for row in free.series("spike")] == [
+        row.value for row in free.series("spike")
+    ]
     assert {h.peers for h in saved.happenings} == {(2,), (4,)}
 
 
@@ -311,22 +317,18 @@ def applied(peer: int, update: int, attempt: int, time_s: float = 1.0) -> Row:
 
 def test_checkers_see_what_they_are_for() -> None:
     once, twice = applied(1, 4, 9), applied(1, 4, 9, 2.0)
-    assert measured.no_update_is_doubled(Run("event", 0, 3, [once])) is None
-    assert "step 4 after 4" in (
-        measured.no_update_is_doubled(Run("event", 0, 3, [once, twice])) or ""
-    )
+    assert kept.no_update_is_doubled(Run("event", 0, 3, [once])) is None
+    assert "step 4 after 4" in (kept.no_update_is_doubled(Run("event", 0, 3, [once, twice])) or "")
     between = Run("event", 0, 3, [once, twice], [Happening(1.5, "crash", (1,))])
-    assert measured.no_update_is_doubled(between) is None
+    assert kept.no_update_is_doubled(between) is None
     skipped = [once, applied(1, 6, 11, 2.0)]
-    assert "step 6 after 4" in (measured.no_update_is_doubled(Run("event", 0, 3, skipped)) or "")
+    assert "step 6 after 4" in (kept.no_update_is_doubled(Run("event", 0, 3, skipped)) or "")
     mixed = [once, applied(2, 4, 8)]
-    assert "attempts" in (measured.one_attempt_for_all(Run("event", 0, 3, mixed)) or "")
+    assert "attempts" in (kept.one_attempt_for_all(Run("event", 0, 3, mixed)) or "")
     reused = [once, applied(2, 5, 9)]
-    assert "iterations 4, 5" in (measured.one_attempt_for_all(Run("event", 0, 3, reused)) or "")
+    assert "iterations 4, 5" in (kept.one_attempt_for_all(Run("event", 0, 3, reused)) or "")
     ends = [
         Row("version", 6, 1.0, 5, 0, (("ended", "True"),)),
         Row("version", 5, 1.0, 5, 2, (("ended", "True"),)),
     ]
-    assert "stage 2 ended at version 5" in (
-        measured.who_ends_has_all(Run("event", 0, 3, ends)) or ""
-    )
+    assert "stage 2 ended at version 5" in (kept.who_ends_has_all(Run("event", 0, 3, ends)) or "")

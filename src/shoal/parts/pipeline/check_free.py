@@ -32,7 +32,7 @@ class CheckFree:
 
     Assumes that no two consecutive stages are lost at once: the one is made of the other.
 
-    Source: Blagoev et al. 2025 (arXiv 2506.15461), algorithm 1 and section 4.
+    Source: Blagoev et al. 2025 (arXiv 2506.15461).
 
     >>> CheckFree().sources(3, stages=6), CheckFree(plus=True).sources(6, stages=6)
     ((2, 4), (5,))

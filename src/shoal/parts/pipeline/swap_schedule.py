@@ -16,7 +16,7 @@ class SwapSchedule:
     (2, 1, 3, ..., L, L-1), so that each of the four learns to act as its partner. Microbatches from
     `micro` on are for evaluation and take the normal order.
 
-    Source: CheckFree+, arXiv 2506.15461, section on out-of-order pipelines.
+    Source: Blagoev et al. 2025 (arXiv 2506.15461), the out-of-order pipeline of CheckFree+.
 
     >>> SwapSchedule(stages=6, micro=2, swaps=True).order(1)
     (2, 1, 3, 4, 6, 5)

@@ -1,4 +1,4 @@
-"""What is claimed of recovery without checkpoints, its pictures, and what every run must keep."""
+"""What is claimed of recovery without checkpoints, and its pictures."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from shoal.lab.chart import Points
 from shoal.lab.rows import Rows
 from shoal.parts.pipeline.cost_model import CostModel, Moment, Replay, drive
 from shoal.systems.robust._checkfree_settings import Where, drawn
-from shoal.world.record import Run
 
 TARGET_AT = 0.7
 """The loss to be reached is what failure-free training has after this share of its iterations."""
@@ -144,6 +143,19 @@ def spike_against_copy(rows: Rows) -> dict[int, float]:
     return _each(rows, lambda seed: _spike(rows, MIDDLE, seed) - _spike(rows, "copy", seed))
 
 
+def _rise(rows: Rows, seed: int, rule: str) -> float:
+    """Mean rise of the loss under a rule, at the failures of the CheckFree arm."""
+    run = rows.run(MIDDLE, seed)
+    found = [] if run is None else run.series("rise")
+    values = [row.value for row in found if dict(row.labels)["rule"] == rule]
+    return fmean(values) if values else math.nan
+
+
+def spike_from_one_state(rows: Rows) -> dict[int, float]:
+    """Mean rise of the loss at the same failures of the same model: weighted minus copy."""
+    return _each(rows, lambda seed: _rise(rows, seed, "weighted") - _rise(rows, seed, "copy"))
+
+
 def _probe(rows: Rows, arm: str, seed: int, rule: str, stages: tuple[int, ...]) -> float:
     """Mean rise of the loss if one of these stages were lost at the end of a training."""
     run = rows.run(arm, seed)
@@ -262,68 +274,13 @@ def rules(rows: Rows) -> Points:
     return out
 
 
-# Invariants of a pipeline of peers.
-
-
-def _lives(run: Run) -> dict[int, list[float]]:
-    ends: dict[int, list[float]] = {}
-    for mark in run.happenings:
-        for peer in mark.peers:
-            ends.setdefault(peer, []).append(mark.time_s)
-    return ends
-
-
-def no_update_is_doubled(run: Run) -> str | None:
-    """In one life a stage takes the step of an iteration once, unless it was rewound or rebuilt."""
-    ends = _lives(run)
-    for peer in range(1, run.peers):
-        last = -1
-        since = 0.0
-        rows = [
-            r for r in run.rows if r.peer == peer and r.name in ("applied", "rewound", "rebuilt")
+def rises(rows: Rows) -> Points:
+    """Mean rise of the loss by rule at the failures of the CheckFree arm, of every seed."""
+    return {
+        f"seed {seed}": [
+            (rule, value)
+            for rule in ("weighted", "uniform", "copy", "random", "zero")
+            if math.isfinite(value := _rise(rows, seed, rule))
         ]
-        for row in rows:
-            if any(since < end <= row.time_s for end in ends.get(peer, ())):
-                last = -1
-            since = row.time_s
-            if row.name != "applied":
-                last = int(row.value) - 1
-                continue
-            update = int(dict(row.labels)["update"])
-            if last >= 0 and update != last + 1:
-                return f"stage {peer} took step {update} after {last} at {row.time_s} s"
-            last = update
-    return None
-
-
-def one_attempt_for_all(run: Run) -> str | None:
-    """All parts take a step with the gradients of one attempt: none is lost, and none mixed."""
-    if len(_lives(run)) >= run.peers:
-        # Where everybody has begun anew, attempts are counted anew.
-        return None
-    found: dict[float, set[str]] = {}
-    for row in run.series("applied"):
-        found.setdefault(row.value, set()).add(dict(row.labels)["update"])
-    for attempt, updates in found.items():
-        if len(updates) > 1:
-            return f"attempt {attempt:.0f} was applied as iterations {', '.join(sorted(updates))}"
-    steps: dict[tuple[int, str], set[float]] = {}
-    rewound = len({row.time_s for row in run.series("rewound", 0)})
-    for row in run.series("applied"):
-        if row.peer:
-            steps.setdefault((0, dict(row.labels)["update"]), set()).add(row.value)
-    for (_, update), attempts in steps.items():
-        if len(attempts) > 1 + rewound + len(_lives(run).get(0, ())):
-            return f"iteration {update} was applied from attempts {sorted(attempts)}"
-    return None
-
-
-def who_ends_has_all(run: Run) -> str | None:
-    """Stages that heard the last word of a head that did not give up have all updates."""
-    heads = {row.value for row in run.series("version", 0)}
-    if len(heads) != 1 or run.series("gave_up"):
-        return None
-    for row in run.series("version"):
-        if row.peer and dict(row.labels)["ended"] == "True" and row.value not in heads:
-            return f"stage {row.peer} ended at version {row.value:.0f}, part 0 at {heads}"
-    return None
+        for seed in rows.seeds
+    }

@@ -9,6 +9,7 @@ Blagoev et al. 2025 (arXiv 2506.15461).
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 from typing import Literal
 
@@ -43,7 +44,8 @@ def checkfree_training(
     the model. probes: at the end, and at 1/2.5 of it, what the loss of each stage would do under
     every rule. published: seconds as the paper measured them, not units of a plain iteration.
 
-    Rows: "loss" after every `eval_every` iterations; "spike", the rise of the loss at a failure;
+    Rows: "loss" after every `eval_every` iterations; "spike", the rise of the loss at a failure,
+    and "rise", what it would have been under every rule (of middle stages, without plus);
     "executed", iterations so far; "repeated", iterations that a failure costs.
     """
     stages = scenario.peers - 1
@@ -107,11 +109,22 @@ class _Course:
                 for part in what.lost:
                     rise = training.loss(training.rebuilt([part])) - before
                     rows.append(Row("spike", rise, what.time_s, training.done, part))
+                    self.compare(training, part, before, what.time_s)
 
-        rows.append(Row("loss", training.loss(), 0.0, 0))
+        rows.append(Row("loss", float(training.loss()), 0.0, 0))
         swaps = self.training.swapped
         drive(training, method, trace, iterations, costs, swaps=swaps, moment=moment,
               failure=failure)  # fmt: skip
+
+    def compare(self, trainer: Trainer, part: int, before: float, time_s: float) -> None:
+        """What the loss would do under every rule, at this very failure of a middle stage."""
+        own = self.training.recovery
+        if own.plus or not 1 < part < self.training.stages:
+            return
+        for rule in RULES:
+            plan = plan_of(replace(self.training, recovery=replace(own, rule=rule)))
+            rise = trainer.loss(trainer.rebuilt([part], plan)) - before
+            self.run.rows.append(Row("rise", rise, time_s, trainer.done, part, (("rule", rule),)))
 
 
 @lru_cache(maxsize=8)
