@@ -132,5 +132,5 @@ def velocity_bars(rows: Rows) -> Mapping[str, Sequence[tuple[str, float]]]:
 
 def digit_bars(rows: Rows) -> Mapping[str, Sequence[tuple[str, float]]]:
     """digit-FD by arm and rule."""
-    arms = ("digits ddm", "digits four", "digits monolith", "digits random")
+    arms = ("digits ddm", "digits monolith", "digits random")
     return _bars(rows, "digit_fd", arms, (*RULES, "uniform"))

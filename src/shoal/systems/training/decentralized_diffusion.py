@@ -68,11 +68,11 @@ class DecentralizedDiffusion:
 
     steps: int = 100
     batch_size: int = 256
-    lr: float = 2e-3
+    lr: float = 5e-3
     ema: float = 0.999
     router_hidden: tuple[int, ...] = (64, 64)
     router_batch: int | None = None
-    router_lr: float = 2e-3
+    router_lr: float = 5e-3
     samples: int = 1000
     sample_steps: int = 50
     heun: bool = False
@@ -178,7 +178,7 @@ INVARIANTS = (
 """What every run keeps, whatever its faults: for fault fuzzing."""
 
 _GAUSSIANS: dict[str, Any] = {
-    "steps": 200, "samples": 5000, "router_hidden": (32, 32), "router_batch": 64, "router_lr": 5e-3,
+    "steps": 200, "samples": 5000, "router_hidden": (32, 32), "router_batch": 64,
 }  # fmt: skip
 _DIGITS: dict[str, Any] = {
     "samples": 1000, "sample_steps": 15, "heun": True, "router_hidden": (64, 64),
@@ -202,14 +202,15 @@ SYSTEM = System(
     uses={"task.name": "flow_gaussians", "topology": None, "exchange": None},
     arms={
         "ddm": Arm(set=_GAUSSIANS),
-        "monolith": Arm(set=_GAUSSIANS, scenario={"peers": 1}),
+        "monolith": Arm(set={**_GAUSSIANS, "lr": 2e-2}, scenario={"peers": 1}),
         "small monolith": Arm(set={**_GAUSSIANS, "batch_size": 32}, scenario={"peers": 1}),
         "lost": Arm(
             set=_GAUSSIANS, scenario={"faults": [{"kind": "crash", "who": [3], "at": {"round": 2}}]}
         ),
         "digits ddm": Arm(set=_DIGITS, scenario={"task": _NETWORK}),
-        "digits four": Arm(set=_DIGITS, scenario={"task": _NETWORK, "peers": 4}),
-        "digits monolith": Arm(set=_DIGITS, scenario={"task": _NETWORK, "peers": 1}),
+        "digits monolith": Arm(
+            set={**_DIGITS, "lr": 1e-2}, scenario={"task": _NETWORK, "peers": 1}
+        ),
         "digits random": Arm(set=_DIGITS, scenario={"task": _RANDOM}),
         "synchronous": Arm(
             system="fedavg", set={"steps": 1, "batch_size": 32},
@@ -290,6 +291,14 @@ SYSTEM = System(
         "FID",
         "peer 0 trains an expert and the router and generates; the paper trains the router on an "
         "island of its own",
+        "learning rates are the best of 2e-3, 5e-3 and 1e-2, for the one model also 2e-2, on seed "
+        "100, none of the seeds of the reproduction: 5e-3 for experts, 2e-2 and 1e-2 (digits) for "
+        "the one model (its velocity error 0.144, 0.075, 0.038, 0.030; digit-FD of top-1 8.3, 6.6, "
+        "9.1, of one model 13.5, 8.9, 7.6, 21, of random parts 14.1, 11.5, 24.5); the routers' by "
+        "their own loss",
+        "3,000 steps on Gaussians and 1,500 on digits instead of 20,000",
+        "in the plane top-1 is far from the exact flow (clusters overlap at most times), so only "
+        "the full ensemble is held against it",
         "classifier-free guidance and distillation into one model are left out: the networks are "
         "not told the class",
     ),
