@@ -158,6 +158,9 @@ def _smallest(scenario: Scenario, given: Mapping[str, Any]) -> Scenario:
     if scenario.byzantine:
         share = len(scenario.byzantine_peers()) / scenario.peers
         changes["byzantine"] = max(1, int(share * changes["peers"]))
+    task = scenario.task
+    if isinstance(task, Part) and (holders := dict(task.settings).get("holders")):
+        changes["task.holders"] = [peer for peer in holders if peer < changes["peers"]]
     topology = scenario.topology
     if isinstance(topology, Part) and dict(topology.settings).get("degree", 0) > 4:
         changes["topology.degree"] = 4
