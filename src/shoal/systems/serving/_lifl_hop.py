@@ -169,7 +169,8 @@ def _way(transport: str, size: int) -> Iterator[_Way]:
 
 def measured(transport: str, updates: np.ndarray, times: int, waves: int = 1) -> Hop:
     """Send `times` of the updates [count, size] in turn, each when the last one is in the sum; so
-    in each of `waves`."""
+    in each of `waves`. What goes from one aggregator to the next is weighted already.
+    """
     count, size = updates.shape
     with _way(transport, size) as way, SharedObjectStore(size, 2) as store:
         for place in range(WARM_UP):
@@ -178,13 +179,13 @@ def measured(transport: str, updates: np.ndarray, times: int, waves: int = 1) ->
         for _ in range(waves):
             before_s, watch = way.cpu_s(), Stopwatch()
             for place in range(times):
-                way.send(store, updates[place % count], 1.0 + place, not place)
+                way.send(store, updates[place % count], 1.0, not place)
             wall_s.append(watch.wall_s)
             cpu_s.append(watch.cpu_s + way.cpu_s() - before_s)
         way.receiver.send("sum")
         total = np.frombuffer(way.receiver.recv_bytes(), np.float32)
     exact = np.zeros(size)
     for place in range(times):
-        exact += (1.0 + place) * updates[place % count]
+        exact += updates[place % count]
     error = float(np.abs(total - exact).max() / np.abs(exact).max())
     return Hop(median(wall_s), median(cpu_s), error)

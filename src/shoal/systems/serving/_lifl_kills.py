@@ -117,14 +117,16 @@ def redone(rows: Rows) -> dict[int, float]:
 
 
 def missed(rows: Rows) -> dict[int, float]:
-    """Rounds of the run with kills that do not hold every client's update exactly once."""
+    """Rounds of the run with kills that do not hold every client's update exactly once, and its
+    processes that ended with an error of their own."""
 
     def count(run: Run) -> float:
         clients = run.peers - 2 - len(AGGREGATORS)
         whole = {row.round for row in run.series("updates") if row.value == clients}
         wrong = {row.round for row in run.series("miscounted") if row.value > 0}
         rounds = rows.scenarios[KILLED, run.seed].rounds or 0
-        return float(rounds - len(whole - wrong) + (not run.finished))
+        failed = sum(mark.what.startswith("failed") for mark in run.happenings)
+        return float(rounds - len(whole - wrong) + failed)
 
     return _each(rows, KILLED, count)
 
