@@ -65,9 +65,9 @@ SYSTEM = System(
             "time-bytes", "Half of the time also of a socket that carries bare bytes into a buffer "
             "that is there already",
             at_most(0.5), measure=measured.time_over_bytes, expected="fails",
-            reason="0.5 to 0.6 on two cores that twenty others want. A socket's two copies are made "
-            "in two processes, so that idle cores make them at once, while the copy into shared "
-            "memory and the addition follow each other; what is spared is processor time (below)",
+            reason="0.5 to 0.6 on two busy cores. A socket's two copies are made in two processes, "
+            "so that idle cores make them at once, while the copy into shared memory and the "
+            "addition follow each other; what is spared is processor time (below)",
         ),
         Claim(
             "cpu-bytes", "and 0.6 of its processor time",
