@@ -26,8 +26,9 @@ class Split:
     proportions drawn from Dirichlet(alpha): Hsu, Qi and Brown 2019, section 3), `classes` (sorted
     by label, cut into `peers * classes_per_peer` pieces, dealt out: McMahan et al. 2017, section
     3), `sizes` (iid in content, sizes log-normal with `spread`), `uneven` (each peer has
-    `classes_per_peer` classes or up to twice as many less one, drawn by seed; those who have a
-    class share it in log-normal parts: Li et al. 2024, arXiv 2309.14675, appendix).
+    `classes_per_peer` classes or up to twice as many less one, drawn by seed such that all classes
+    have about as many owners, who share them in log-normal parts; after the class partition of Li
+    et al. 2024, arXiv 2309.14675).
     samples_per_peer: exactly so many for each peer; with_replacement: drawn by key from the whole
     table, so that any number of peers can be served. holders: only these peers get data.
     """
@@ -167,8 +168,10 @@ def _uneven(
     most = min(2 * fewest - 1, len(classes))
     has = np.zeros((peers, len(classes)), bool)
     for own in has:
-        own[rng.permutation(len(classes))[: rng.integers(min(fewest, most), most + 1)]] = True
-    # A class that nobody drew is somebody's.
+        # The classes that fewest have, so that every class has about as many owners.
+        order = np.lexsort((rng.permutation(len(classes)), has.sum(0)))
+        own[order[: rng.integers(min(fewest, most), most + 1)]] = True
+    # With few peers there are classes that nobody drew.
     has[rng.integers(0, peers, len(classes)), range(len(classes))] |= ~has.any(0)
     parts: list[list[np.ndarray]] = [[] for _ in range(peers)]
     for place, c in enumerate(classes):
