@@ -56,8 +56,8 @@ def _world(scenario: Scenario, draw: Callable[[float, float], float]) -> Scenari
     found = factors(scenario, draw)
     assert scenario.seconds is not None
     seconds = scenario.seconds * max(found.values())
-    # Windows of a usual round, or so many that they are a few hundred.
-    windows = min(60, math.ceil(seconds / ROUND_S))
+    # Windows of a usual round, or some rounds where there would be too many.
+    windows = min(20, math.ceil(seconds / ROUND_S))
     width_s = seconds / windows
     faults = []
     for client, factor in found.items():
