@@ -294,10 +294,13 @@ def test_measures_read_what_runs_leave() -> None:
 def test_pictures_and_prices_compare_the_same_iterations() -> None:
     def arm(above: float) -> Run:
         labels = (("rule", "copy"),)
+        partner = (("rule", "partner"),)
         probes = [Row("probe", above + s, 0.0, 25, s, labels) for s in range(1, 6)]
+        probes += [
+            Row("probe", n * above + s, 0.0, n, s, partner) for s in (1, 5) for n in (10, 25)
+        ]
         return Run("study", 0, 6, [
             *(Row("loss", 3.0 - n / 10 + above / (n + 1), n, n) for n in range(26)), *probes,
-            *(Row("probe", above + s, 0.0, 25, s, (("rule", "partner"),)) for s in (1, 5)),
         ])  # fmt: skip
 
     runs = {("failure-free", 0): arm(0.0), ("swapped", 0): arm(1.0)}
@@ -305,7 +308,9 @@ def test_pictures_and_prices_compare_the_same_iterations() -> None:
     rows = Rows(runs, ["failure-free", "swapped"], [0], worlds)
     assert measured.price(rows, 0, 4) == pytest.approx(0.2)
     assert measured.price_shrinks(rows)[0] == pytest.approx(1 / 9 - 1 / 26)
-    assert measured.ends_after_swaps(rows)[0] == pytest.approx(4.0 / 3.0)
+    assert measured.ends_after_swaps(rows)[0] == pytest.approx(13.0 / 3.0)
+    assert measured.last_stage_after_swaps(rows)[0] == pytest.approx(15.0 / 5.0)
+    assert measured.ends_after_long_swaps(rows)[0] == pytest.approx(28.0 / 3.0)
     assert measured.prices(rows)["seed 0"][4] == (4.0, pytest.approx(0.2))
     assert measured.rules(rows)["copy"] == [("S2", 2.0), ("S3", 3.0), ("S4", 4.0)]
     assert measured.rules(rows)["weighted"] == []

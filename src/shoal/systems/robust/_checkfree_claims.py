@@ -156,29 +156,52 @@ def spike_from_one_state(rows: Rows) -> dict[int, float]:
     return _each(rows, lambda seed: _rise(rows, seed, "weighted") - _rise(rows, seed, "copy"))
 
 
-def _probe(rows: Rows, arm: str, seed: int, rule: str, stages: tuple[int, ...]) -> float:
-    """Mean rise of the loss if one of these stages were lost at the end of a training."""
+LATE = 2.5
+"""The long trainings go on for so many times the iterations of the others."""
+
+
+def _probe(
+    rows: Rows, arm: str, seed: int, rule: str, stages: tuple[int, ...], times: float = LATE
+) -> float:
+    """Mean rise of the loss if one of these stages were lost after so many times the iterations."""
     run = rows.run(arm, seed)
     found = [] if run is None else run.series("probe")
-    last = max((row.round for row in found), default=-1)
+    when = round(times * _iterations(rows, seed))
     values = [
         row.value for row in found
-        if row.round == last and row.peer in stages and dict(row.labels)["rule"] == rule
+        if row.round == when and row.peer in stages and dict(row.labels)["rule"] == rule
     ]  # fmt: skip
     return fmean(values) if values else math.nan
 
 
-def ends_after_swaps(rows: Rows) -> dict[int, float]:
-    """Rise after the first or last stage is copied from its partner: with over without swaps."""
+def _with_over_without(
+    rows: Rows, times: float, which: Callable[[int], tuple[int, ...]]
+) -> dict[int, float]:
+    """Rise when stages are copied from their swap partners, with swaps in training over without."""
 
     def of(seed: int) -> float:
-        ends = (1, rows.scenarios["swapped", seed].peers - 1)
+        stages = which(rows.scenarios["swapped", seed].peers - 1)
         with_swaps, without = (
-            _probe(rows, arm, seed, "partner", ends) for arm in ("swapped", "failure-free")
+            _probe(rows, arm, seed, "partner", stages, times) for arm in ("swapped", "failure-free")
         )
         return with_swaps / without if without > 0 else math.nan
 
     return _each(rows, of)
+
+
+def ends_after_swaps(rows: Rows) -> dict[int, float]:
+    """Mean rise for the first and the last stage: with swaps in training over without."""
+    return _with_over_without(rows, 1.0, lambda last: (1, last))
+
+
+def last_stage_after_swaps(rows: Rows) -> dict[int, float]:
+    """The same of the last stage alone."""
+    return _with_over_without(rows, 1.0, lambda last: (last,))
+
+
+def ends_after_long_swaps(rows: Rows) -> dict[int, float]:
+    """The same of both, after 2.5 times as many iterations."""
+    return _with_over_without(rows, LATE, lambda last: (1, last))
 
 
 def price_shrinks(rows: Rows) -> dict[int, float]:

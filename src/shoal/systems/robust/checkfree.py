@@ -197,14 +197,32 @@ SYSTEM = System(
             at_most(0.0), measure=measured.spike_from_one_state, scale="full",
         ),
         Claim(
-            "ends", "Copied from its swap partner, an end stage costs 0.2 of what the same copy "
-            "costs without swaps in training",
+            "ends", "Copied from their swap partners, the end stages cost 0.2 of what the same "
+            "copies cost without swaps in training",
             at_most(0.2), measure=measured.ends_after_swaps, scale="full",
+        ),
+        Claim(
+            "last-end", "and so does the last stage alone",
+            at_most(0.2), measure=measured.last_stage_after_swaps, scale="full", expected="fails",
+            reason="nearly all of the gain is the first stage's. Seed 0: without swaps a copy of "
+            "its partner costs 1.02 for the first stage and 0.11 for the last, with swaps 0.08 and "
+            "0.10. The last block of so small a model does little: even drawn anew it costs 0.09.",
+        ),
+        Claim(
+            "ends-late", "and so it is after 2.5 times as many iterations",
+            at_most(0.2), measure=measured.ends_after_long_swaps, scale="full", expected="fails",
+            reason="the longer it trains, the more partners come apart in spite of the swaps. Seed "
+            "0, 1,500 iterations: 0.51 and 0.24 with swaps against 2.08 and 0.52 without, 0.29 of "
+            "it.",
         ),
         Claim(
             "price", "The price of swapping without failures shrinks between 500 and 1,500 "
             "iterations",
-            at_least(0.0), measure=measured.price_shrinks, scale="full",
+            at_least(0.0), measure=measured.price_shrinks, scale="full", expected="fails",
+            reason="there is hardly a price here that could shrink. Seed 0: the loss with swaps is "
+            "below the one without until 250 iterations, then 0.02 to 0.05 above it, 0.024 after "
+            "500 and 0.036 after 1,500, which is as much as it varies from one evaluation to the "
+            "next.",
         ),
         Claim(
             "same-bits", "A pipeline of peers has the losses of the training in one process, bit "
@@ -254,6 +272,10 @@ SYSTEM = System(
         "is rebuilt, as in the public code",
         "with plus the second and the last but one stage are copied from their partners as well, "
         "as in the public code (pairs=False averages them)",
+        "on models as small as these a block drawn anew is nearly the identity, and rebuilds a lost "
+        "stage as well as its neighbours do; next to the first stage, whose gradient is by far the "
+        "largest, the weighted average is little more than a copy of it, and the uniform one is "
+        "better. All five rules are measured and drawn",
         "a failure's rise of the loss is measured at once, on the validation windows, before any "
         "further iteration",
     ),
