@@ -175,17 +175,17 @@ SYSTEM = System(
         ),
     ),
     deviations=(
-        "10 clients with 3 to 5 kinds of digits and an MLP of 4,810 parameters instead of image data "
-        "sets and deeper networks; SGD at 0.1 for every method, none of them tuned",
-        "speeds vary by 5% from one span of some rounds to the next instead of from one work to the "
-        "next, so that the world is equally slow for every method",
-        "a run takes as long as 12 rounds of the slowest client (30 with equal speeds); who does not "
-        "get to 90% in it counts with the whole run",
+        "10 clients with 3 to 5 kinds of digits and an MLP of 4,810 parameters instead of image "
+        "data sets and deeper networks; SGD at 0.1 for every method, none of them tuned",
+        "speeds vary by 5% from one span of some rounds to the next instead of from one work to "
+        "the next, so that the world is equally slow for every method",
+        "a run takes as long as 12 rounds of the slowest client (30 with equal speeds); who does "
+        "not get to 90% in it counts with the whole run",
         "FedAvg is buffered aggregation of all ten works with clients who wait for it: the same "
         "importances, clocks and bytes as the others",
         "a group is open for 1.2 times its expected duration (1.5 in the public example)",
-        "a client that asks again for its model keeps its steps and its group; the time that it was "
-        "away counts as slowness once",
+        "a client that asks again for its model keeps its steps and its group; the time that it "
+        "was away counts as slowness once",
     ),
     small=Budget(seeds=1, scenario={"seconds": 40.0}),
     full=Budget(seeds=7),
