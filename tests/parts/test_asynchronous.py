@@ -440,6 +440,13 @@ def test_a_server_that_nobody_calls_stops() -> None:
     assert found.virtual_s < 60
 
 
+def test_a_server_stops_when_everybody_waits_for_the_dead() -> None:
+    found = run(learning(rule=Buffered(size=5, hold=True)), Crash(who=(3,), at=2.0))
+    assert found.finished
+    assert found.virtual_s < 60
+    assert complaints(found) == []
+
+
 def test_works_beyond_the_bound_are_dropped_and_counted() -> None:
     rule = Buffered(size=1, staleness=Staleness(bound=1))
     found = run(learning(rule=rule, versions=30))

@@ -25,7 +25,7 @@ class Buffered:
     number of clients this is synchronous.
 
     Assumes that vectors are displacements (local model minus the one pulled). With `hold` and fewer
-    clients alive than `size` nothing moves.
+    clients alive than `size` nothing moves, until the server gives up.
     Source: Nguyen et al. 2022, algorithm 1 (arXiv 2106.06639).
 
     >>> rule = Buffered(size=2, lr=0.5)

@@ -28,9 +28,9 @@ class Terms:
     """How clients and their server deal with each other.
 
     server: which peer it is; its data is not used. patience_s: what was not answered is said again
-    after that long; give_up_s: without any answer a client stops after that long, and a server that
-    nobody calls after twice that (make it longer than the longest work and rest). ties: calls of
-    the same moment are handled in the order of clients, not of messages.
+    after that long; give_up_s: without any answer a client stops after that long, and a server to
+    which no work and no new request comes after twice that (make it longer than the longest work
+    and rest). ties: calls of the same moment are handled in the order of clients, not of messages.
     """
 
     server: int = 0

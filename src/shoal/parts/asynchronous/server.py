@@ -73,7 +73,7 @@ class Server:
         return Moment(self.peer.now(), self.versions.version)
 
     async def run(self) -> None:
-        """Until the horizon, or until nobody has called for a long time; then say goodbye."""
+        """Until the horizon, or until nothing has come for a long time; then say goodbye."""
         peer = self.peer
         await self._begin()
         while not self.over and not self.desk.finished:
@@ -134,11 +134,13 @@ class Server:
         call, client = envelope.message, int(envelope.source)
         if self.over or client not in self.desk.settled:
             return
-        self.heard_s = self.peer.now()
-        verdict = ""
+        now_s, verdict = self.peer.now(), ""
+        if call.work or client not in self.waiting:
+            # Who only waits for others, and says so again, is no sign of progress.
+            self.heard_s = now_s
         if call.work:
             vector = self.learning.opened(call.payload)
-            verdict, delta = self.desk.receive(client, call, vector, self.heard_s)
+            verdict, delta = self.desk.receive(client, call, vector, now_s)
             self._stale |= self.desk.settled[client] == call.number and verdict != "duplicate"
             if delta is not None:
                 await self._carry_out(self.course.arrived(delta, self.moment))
