@@ -273,6 +273,21 @@ def test_workers_look_at_their_own_data_and_keep_their_rates() -> None:
         assert habits.range_of(worker) == ((9, 9) if first else (1, 1))
 
 
+@pytest.mark.parametrize("hours", ["diurnal", "battery"])
+def test_days_and_batteries_stop_workers_but_not_the_server(hours: str) -> None:
+    program = AnarchicFL("cd", buffer=2, hours=hours).bind(workload(quadratics(6), 40))
+    found = run(program, 6)
+    assert [rule(found) for rule in INVARIANTS] == [None] * len(INVARIANTS)
+    assert found.series("applied")[-1].value == 40
+    busy = {row.peer: row.value / found.virtual_s for row in found.series("busy_s")}
+    assert all(0.05 < share < 0.9 for share in busy.values())
+    if hours == "diurnal":
+        # A third of the day, and the work that was begun in it.
+        assert max(busy.values()) < 0.45
+    else:
+        assert max(busy.values()) > 1.5 * min(busy.values())
+
+
 @pytest.mark.parametrize(
     ("make", "match"),
     [
@@ -289,6 +304,8 @@ def test_workers_look_at_their_own_data_and_keep_their_rates() -> None:
         (lambda: AnarchicFL(bias=2.0, rest_s=0.0), "rest_s=0.0"),
         (lambda: AnarchicFL(bias_by="luck"), "'luck'"),
         (lambda: AnarchicFL(batch_size=0), "batch_size=0"),
+        (lambda: AnarchicFL(hours="night"), "'night'"),
+        (lambda: AnarchicFL(hours="diurnal", bias=2.0), "hours='diurnal' with bias=2.0"),
         (lambda: AnarchicFL(bias=2.0).bind(workload(quadratics())), "a task with classes"),
     ],
 )

@@ -14,9 +14,17 @@ import torch
 
 from shoal.base.errors import UsageError
 from shoal.parts.asynchronous.learning import Pace
-from shoal.parts.asynchronous.participation import Exponential, Habits
+from shoal.parts.asynchronous.participation import (
+    Battery,
+    Diurnal,
+    Exponential,
+    Habits,
+    Rest,
+)
 from shoal.rounds.task import Task
 from shoal.tensor import keyed
+
+HOURS = ("any", "diurnal", "battery")
 
 
 @dataclass(frozen=True)
@@ -37,7 +45,8 @@ class Crowd:
     Everybody's time from one return to the next has the same mean: that of the longest work, and
     rest_s; who does less rests longer. With bias b by "rest" it is b times as long for those whose
     data are mostly of the second half of the classes; by "speed" their steps take b times as long,
-    and nobody rests longer for that.
+    and nobody rests longer for that. hours "diurnal" and "battery" replace these rests by days that
+    are shifted from worker to worker, and by batteries that charge unevenly fast.
     """
 
     steps: int
@@ -47,8 +56,18 @@ class Crowd:
     bias: float
     bias_by: str
     effort: str
+    hours: str = "any"
 
     def __post_init__(self) -> None:
+        if self.hours not in HOURS:
+            raise UsageError(f"anarchic: hours={self.hours!r}; need one of {', '.join(HOURS)}")
+        by_rest = self.bias > 1 and self.bias_by == "rest"
+        if self.hours != "any" and (by_rest or not (self.rest_s > 0 and self.step_s > 0)):
+            raise UsageError(
+                f"anarchic: hours={self.hours!r} with bias={self.bias} by {self.bias_by}, "
+                f"rest_s={self.rest_s}, step_s={self.step_s}; days and batteries are as long as "
+                "these times say, and equal for all (set the times, and bias_by='speed')"
+            )
         if self.bias_by not in ("rest", "speed") or self.effort not in ("any", "class"):
             raise UsageError(
                 f"anarchic: bias_by={self.bias_by!r}, effort={self.effort!r}; need rest or speed, "
@@ -80,6 +99,8 @@ class Crowd:
         if self.effort == "class":
             ranges = [(n, n) for n in (self.most_steps if e else self.steps for e in eager)]
         by_client = tuple((w, *span) for w, span in zip(workers, ranges, strict=True))
+        if self.hours != "any":
+            return Habits(self.steps, self.most_steps, self._hours(), by_client), pace
         works_s = [self.step_s * (low + high) / 2 for low, high in ranges]
         cycle_s = max(works_s) + self.rest_s
         longer = self.bias if self.bias_by == "rest" else 1.0
@@ -90,6 +111,15 @@ class Crowd:
         means = tuple(zip(workers, rests, strict=True))
         rest = Exponential(cycle_s, means) if max(rests) > 0 else None
         return Habits(self.steps, self.most_steps, rest, by_client), pace
+
+    def _hours(self) -> Rest:
+        """Days of ten works and rests of which a third is open, or batteries for three works."""
+        mean = (self.steps + self.most_steps) / 2
+        cycle_s = mean * self.step_s + self.rest_s
+        if self.hours == "diurnal":
+            return Diurnal(10.0 * cycle_s, 1 / 3)
+        most = float(self.most_steps)
+        return Battery(3.0 * most, mean / cycle_s, most, spread=1.0)
 
 
 def early_classes(task: Task, worker: int) -> bool:

@@ -52,7 +52,9 @@ class AnarchicFL:
     a step takes (0 = by counting operations).
     bias: workers whose data are mostly of the first half of the classes return so many times as
     often, because the others rest longer (bias_by="rest") or compute as many times slower
-    ("speed"). effort "class": these workers always make most_steps and the others `steps`.
+    ("speed"). effort "class": these workers always make most_steps and the others `steps`. hours:
+    "any", or only in the third of the day that is theirs ("diurnal"), or while their batteries last
+    ("battery").
 
     >>> AnarchicFL(method="cd", buffer=2).rule.rate
     0.25
@@ -75,6 +77,7 @@ class AnarchicFL:
     bias: float = 1.0
     bias_by: str = "rest"
     effort: str = "any"
+    hours: str = "any"
     patience_s: float = 5.0
     give_up_s: float = 600.0
 
@@ -98,7 +101,7 @@ class AnarchicFL:
         """The workers' side."""
         return Crowd(
             self.steps, self.most_steps, self.rest_s, self.step_s, self.bias, self.bias_by,
-            self.effort,
+            self.effort, self.hours,
         )  # fmt: skip
 
     def bind(self, workload: Workload) -> Learning:
