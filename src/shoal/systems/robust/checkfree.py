@@ -272,7 +272,7 @@ SYSTEM = System(
         "is rebuilt, as in the public code",
         "with plus the second and the last but one stage are copied from their partners as well, "
         "as in the public code (pairs=False averages them)",
-        "on models as small as these a block drawn anew is nearly the identity, and rebuilds a lost "
+        "on models as small as these a block drawn anew is nearly the identity, and serves a lost "
         "stage as well as its neighbours do; next to the first stage, whose gradient is by far the "
         "largest, the weighted average is little more than a copy of it, and the uniform one is "
         "better. All five rules are measured and drawn",
