@@ -519,6 +519,13 @@ def test_measures_on_numbers_known_by_hand() -> None:
     assert measured.tracking_over_condition(rows)[0] == pytest.approx(1.0)
     assert measured.exchanges_over_peers(rows)[0] == pytest.approx(1.0)
     assert math.isnan(measured.ssda_over_peers(rows)[0])
+    assert math.isnan(measured.exchanges_over_primal(rows)[0])
+    for arm, exchanges in (
+        ("dadao", 4.0), ("adom+", 8.0), ("star", 3.0), ("adom+ star", 9.0), ("consensus star", 4.0),
+        ("cycle", 1.0), ("adom+ cycle", 5.0), ("consensus cycle", 6.0),
+    ):  # fmt: skip
+        rows.runs[arm, 0] = run(exchanges=exchanges)
+    assert measured.exchanges_over_primal(rows)[0] == pytest.approx(3 / 4)
 
 
 def test_agenda_is_empty_before_anything_rings() -> None:

@@ -13,6 +13,7 @@ GRAPHS = {
     "DADAO": {"full": "dadao", "star": "star", "cycle": "cycle", "barbell": "barbell"},
     "DADAO, best rates": {"barbell": "barbell optimal"},
     "ADOM+": {"full": "adom+", "star": "adom+ star", "cycle": "adom+ cycle"},
+    "ADOM+, consensus": {"star": "consensus star", "cycle": "consensus cycle"},
     "MSDA (dual)": {
         "full": "msda", "star": "msda star", "cycle": "msda cycle", "barbell": "msda barbell",
     },

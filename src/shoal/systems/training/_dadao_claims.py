@@ -102,6 +102,25 @@ def ssda_over_peers(rows: Rows) -> dict[int, float]:
     return _exponent(rows, arms_over_peers("ssda"), SIZES, "exchanges")
 
 
+PRIMAL = {
+    "dadao": ("adom+",), "star": ("adom+ star", "consensus star"),
+    "cycle": ("adom+ cycle", "consensus cycle"),
+}  # fmt: skip
+
+
+def exchanges_over_primal(rows: Rows) -> dict[int, float]:
+    """DADAO's exchanges over those of the cheaper form of ADOM+, where that is most."""
+    found = {}
+    for seed in rows.seeds:
+        ratios = [
+            rows.value(arm, seed, "exchanges")
+            / min(rows.value(other, seed, "exchanges") for other in others)
+            for arm, others in PRIMAL.items()
+        ]
+        found[seed] = max(ratios) if all(map(math.isfinite, ratios)) else math.nan
+    return found
+
+
 def straightest(rows: Rows) -> dict[int, float]:
     """The least R^2 of log distance over time on any graph."""
     return {seed: min(rows.value(arm, seed, "fit") for arm in GRAPHS) for seed in rows.seeds}

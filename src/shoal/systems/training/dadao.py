@@ -45,8 +45,7 @@ from shoal.tensor import keyed
 from shoal.tensor.flops import count_flops
 
 EXPERIMENTAL = (0.1, 10.0)
-"""mu and L where neither the settings nor the task tell them: for tasks that are not convex, where
-nothing is promised."""
+"""mu and L where nobody tells them: for tasks that are not convex, where nothing is promised."""
 
 
 @dataclass(frozen=True)
@@ -154,7 +153,6 @@ INVARIANTS = (measured.exchanges_count_once, measured.both_ends_apply, measured.
 _CYCLE = {"name": "ring"}
 _GRID = {"name": "torus", "wrap": False}
 _BARBELL = {"name": "from_edges", "edges": measured.barbell(16)}
-_SLOW = measured.SLOWER
 
 SYSTEM = System(
     name="dadao",
@@ -194,15 +192,17 @@ SYSTEM = System(
         "msda cycle": counted("msda", topology=_CYCLE),
         "msda barbell": counted("msda", topology=_BARBELL),
         "adom+": counted("adom+"),
-        "adom+ star": counted("adom+ consensus", topology="star"),
-        "adom+ cycle": counted("adom+ consensus", topology=_CYCLE),
+        "adom+ star": counted("adom+", topology="star"),
+        "adom+ cycle": counted("adom+", topology=_CYCLE),
+        "consensus star": counted("adom+ consensus", topology="star"),
+        "consensus cycle": counted("adom+ consensus", topology=_CYCLE),
         "continuized": counted("continuized"),
         "gossip SGD": counted("gossip", lr=0.1),
-        "slow peer": counted(slow=_SLOW),
-        "ssda slow peer": counted("ssda", slow=_SLOW),
+        "slow peer": counted(slow=measured.SLOWER),
+        "ssda slow peer": counted("ssda", slow=measured.SLOWER),
         "messages": Arm(set={"audit": False}),
         "messages slow": Arm(
-            set={"audit": False, "gradient_rates": (1 / _SLOW, *(1.0,) * 15)},
+            set={"audit": False, "gradient_rates": (1 / measured.SLOWER, *(1.0,) * 15)},
             prepare=measured.one_slow,
         ),
     },
@@ -256,10 +256,10 @@ SYSTEM = System(
         ),
         Claim(
             "primal",
-            "and with 16 no more exchanges than ADOM+, the primal synchronous method",
+            "and on full graph, star and cycle no more than ADOM+, the primal synchronous method, "
+            "with or without multi-consensus (the largest ratio)",
             at_most(1.0),
-            metric="exchanges",
-            compare=ratio("dadao", "adom+"),
+            measure=measured.exchanges_over_primal,
             at="figure 3",
         ),
         Claim(
