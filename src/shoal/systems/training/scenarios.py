@@ -90,7 +90,7 @@ SCENARIOS = {
     # of 32 takes 0.1 s.
     "digits_silos": Scenario(
         name="training.digits_silos", peers=11, seconds=120.0, eval_every=1, eval_peers=1,
-        task={"name": "digits", "split": "uneven", "classes_per_peer": 3, "spread": 0.5},
+        task={"name": "digits", "split": "uneven", "classes_per_peer": 3, "spread": 1.0},
         links={"name": "links", "latency_s": 0.005},
         device={"name": "device", "flops_per_s": 6.47168e6},
     ),
