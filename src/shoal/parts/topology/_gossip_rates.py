@@ -10,8 +10,8 @@ searched along the ratio of the two, and each point of the search is a convex pr
 a semidefinite program of which only the rates are unknown. An interior-point method solves it up to
 a few hundred edges, a multiplicative subgradient method more roughly beyond.
 
-Source: Nabli and Oyallon 2023, section 4 (arXiv 2208.00779); log-det barriers as in Boyd and
-Vandenberghe 2004, section 11.6.
+Source: Nabli and Oyallon 2023 (arXiv 2208.00779); log-det barriers as in Boyd and Vandenberghe
+2004, chapter 11.
 """
 
 from __future__ import annotations

@@ -271,8 +271,8 @@ def gossip_constants(peers: int, edges: Edges, rates: Numbers | None = None) -> 
     chi_1 = 1 / lambda_2 of the Laplacian: the time in which differences shrink by e; chi_2: half
     of the largest effective resistance of an edge. chi_2 <= chi_1; both scale as 1 / rates. Without
     rates the edges share one event per unit of time equally. Raises UsageError when the graph is
-    disconnected. Source: Even et al. 2021, section 4 (without the half); Nabli and Oyallon 2023,
-    section 3 (arXiv 2208.00779).
+    disconnected. Source: Nabli and Oyallon 2023 (arXiv 2208.00779); Even et al. 2021, without the
+    half (arXiv 2106.07644).
 
     >>> chi_1, chi_2 = gossip_constants(4, [(0, 1), (0, 2), (0, 3)])
     >>> round(chi_1, 12), round(chi_2, 12)

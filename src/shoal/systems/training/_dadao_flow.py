@@ -5,7 +5,7 @@ they follow a linear differential equation whose 6x6 matrix is the same for all 
 its exponential integrates it exactly. The matrix is nearly defective: its exponential comes from a
 Taylor series with scaling and squaring, never from eigenvectors.
 
-Nabli and Oyallon 2023, algorithm 1 and theorem 4.2 (arXiv 2208.00779).
+Nabli and Oyallon 2023 (arXiv 2208.00779).
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Constants:
 
     @property
     def rate(self) -> float:
-        """log of the expected squared distance falls by this per unit of time, at least."""
+        """The flow's slow rate: log squared distances fall by this per unit of time, or faster."""
         return self.pace / 8.0
 
     def generator(self) -> Array:

@@ -107,7 +107,7 @@ def _dual(
 
 
 def adom_plus(world: World, consensus: bool = False) -> Iterator[Array]:
-    """ADOM+ (Kovalev et al. 2021, algorithm 2; arXiv 2106.04469) with its theory's constants.
+    """ADOM+ (Kovalev et al. 2021; arXiv 2106.04469) with its theory's constants.
 
     consensus: each iteration mixes often enough that the graph counts as one of chi = 2.
     """

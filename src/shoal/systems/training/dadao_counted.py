@@ -7,7 +7,7 @@ exchange is one vector each way over one edge; in one unit of time a peer can ta
 an iteration of a synchronous method lasts as long as its slowest peer. A dual method's gradients
 are those of conjugate functions, which quadratics have in closed form and most functions do not.
 
-Nabli and Oyallon 2023, section 5 (arXiv 2208.00779).
+Nabli and Oyallon 2023 (arXiv 2208.00779).
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def _dadao(run: Run, world: World, slow: float, precision: float, first: float) 
         _tell(
             run, played.time, gradients=played.gradients, exchanges=played.exchanges,
             time=played.time, fit=straightness(times, played.distances),
-            rate_over_theory=_slope(times, played.distances) / constants.rate,
+            rate_over_flow=_slope(times, played.distances) / constants.rate,
         )  # fmt: skip
 
 
