@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -15,11 +16,11 @@ from shoal.parts.tasks.digits_domains import DigitsDomains
 from shoal.rounds.strategy import Step
 from shoal.rounds.task import Shard
 from shoal.systems.training._fedlgd_measures import distance, played
-from shoal.systems.training._fedlgd_strategy import FedLgd
+from shoal.systems.training._fedlgd_strategy import FedLgd, State
 from shoal.tensor import keyed
 
 SMALL = FedLgd(
-    ipc=2, server_ipc=1, every=2, max_updates=2, start_steps=3, update_steps=2, match_steps=2,
+    ipc=2, server_ipc=1, every=2, max_updates=2, start_steps=2, update_steps=2, match_steps=2,
     match_lr=0.1,
 )  # fmt: skip
 TASK = {"name": "digits_domains", "samples_per_peer": 40, "hidden": [12]}
@@ -27,6 +28,12 @@ TINY = shoal.Scenario(
     peers=3, rounds=5, eval_every=5, task=TASK, exchange={"name": "star"},
     links={"name": "links", "latency_s": 0.02}, device={"name": "device", "flops_per_s": 1e9},
 )  # fmt: skip
+
+
+@cache
+def usual(rounds: int) -> tuple[State, State]:
+    """The small setting's clients and hub after some rounds."""
+    return played(SMALL, task_of(), rounds, 0)
 
 
 def task_of(seed: int = 0) -> DigitsDomains:
@@ -88,9 +95,9 @@ def test_anchors_go_down_and_nothing_else_does() -> None:
 def test_rounds_of_distillation() -> None:
     chosen = [r for r in range(100) if FedLgd(every=5, max_updates=10).selected(r)]
     assert chosen == list(range(0, 50, 5))
-    clients, center = played(SMALL, task_of(), 2, 0)
-    again, later = played(SMALL, task_of(), 3, 0)
-    first, _ = played(SMALL, task_of(), 1, 0)
+    first, _ = usual(1)
+    clients, center = usual(2)
+    again, later = usual(4)
     assert torch.equal(first.own, clients.own)
     assert not torch.equal(clients.own, again.own)
     assert not torch.equal(center.anchors, later.anchors)
@@ -148,10 +155,10 @@ def test_without_anchors_contrast_or_proximal_term_it_is_averaging() -> None:
     ],
 )  # fmt: skip
 def test_options_change_what_is_learned(change: dict) -> None:
-    _, usual = played(SMALL, task_of(), 4, 0)
+    _, plain = usual(4)
     _, other = played(replace(SMALL, **change), task_of(), 4, 0)
     assert other.params.isfinite().all()
-    assert not torch.equal(usual.params, other.params)
+    assert not torch.equal(plain.params, other.params)
 
 
 def test_distance_between_clients_by_hand() -> None:

@@ -50,7 +50,7 @@ class Augmentation:
     axis, as a share of its length (a crop after padding with 0); scale: largest factor of size;
     rotate_deg: largest angle; cut: side of the square that is cut out, as a share. All 0 and scale
     1: every view is the image itself. No flips: digits have no mirror images.
-    Source: Zhao and Bilen 2021, section 3.2 (arXiv 2102.08259).
+    Source: Zhao and Bilen 2021 (arXiv 2102.08259).
 
     >>> images = torch.rand(2, 5, 1, 8, 8)
     >>> plain = Augmentation(colour=0.0, shift=0.0, scale=1.0, rotate_deg=0.0, cut=0.0)

@@ -28,7 +28,7 @@ def matching_loss(
 
     virtual [classes * ipc, *]; means [classes, width] of the real images; there bool [classes]:
     classes without real images do not count.
-    Source: Zhao and Bilen 2023, equation 5 (arXiv 2110.04181).
+    Source: Zhao and Bilen 2023 (arXiv 2110.04181).
     """
     found = network.features(params, virtual)
     own = found.view(means.shape[0], -1, found.shape[-1]).mean(1)
@@ -102,7 +102,8 @@ def distill_local(
     >>> from shoal.parts.tasks.digits import Digits
     >>> task = Digits(peers=2, hidden=(16,))
     >>> real = task.batch(task.shard(0), torch.tensor(1), 64)
-    >>> images, targets = distill_local(task, real, 2, torch.tensor(2))
+    >>> few = DistributionMatching(steps=3)
+    >>> images, targets = distill_local(task, real, 2, torch.tensor(2), matching=few)
     >>> images.shape, targets.tolist()[:4]
     (torch.Size([20, 1, 8, 8]), [0, 0, 1, 1])
     """

@@ -31,7 +31,7 @@ def gradient_distance(spec: FlatSpec, first: Vector, second: Vector) -> Scalar:
 
     Parameters of one axis (biases) are left out. A row that is zero in both counts nothing (a unit
     that is dead), one that is zero in one of them counts 1.
-    Source: Zhao et al. 2021, equation 6 (arXiv 2006.05929).
+    Source: Zhao et al. 2021 (arXiv 2006.05929).
 
     >>> spec = FlatSpec(("w",), ((2, 2),))
     >>> gradient_distance(spec, torch.tensor([3., 4., 0., 0.]), torch.tensor([4., -3., 0., 0.]))

@@ -21,7 +21,7 @@ class Pbm(IntegerCodec):
     more privacy and more variance. With theta = 1/2 an extreme entry has one code only, and no
     finite guarantee. What it guarantees is counted by `shoal.parts.privacy.accountant`, for one
     entry.
-    Source: Chen, Ozgur and Kairouz 2022, algorithm 2 (arXiv 2207.09916).
+    Source: Chen, Ozgur and Kairouz 2022 (arXiv 2207.09916).
 
     >>> Pbm(clip=1.0, levels=3, theta=0.25).pmf(torch.tensor(1.0))
     tensor([0.0625, 0.3750, 0.5625], dtype=torch.float64)

@@ -31,7 +31,7 @@ class Rqm(IntegerCodec):
     dim entries spends dim times as much in each round. private=False also takes extension = 0 and
     keep = 1, which is stochastic rounding to fixed levels and guarantees nothing.
     A vector that is not finite arrives as such, which tells everybody so.
-    Source: Youn et al. 2023, algorithm 1 (arXiv 2306.11913).
+    Source: Youn et al. 2023 (arXiv 2306.11913).
 
     >>> codec = Rqm(clip=1.0, levels=3, extension=1.0, keep=0.5)
     >>> codec.pmf(torch.tensor(1.0))

@@ -144,28 +144,24 @@ SYSTEM = System(
             "the variances of both mechanisms differ by at most 10% (entries of 0 and of clip)",
             at_most(0.10),
             measure=variance_gap,
-            at="section 5",
         ),
         Claim(
             "local",
             "one client's code: RQM's divergence is at most 0.6 times PBM's at every order",
             at_most(0.6),
             measure=local_ratio,
-            at="figure 2",
         ),
         Claim(
             "sums",
             "sums of 1, 10 and 40 codes: RQM's divergence is at most PBM's at every order to 64",
             at_most(1.0),
             measure=sums_ratio,
-            at="figure 3",
         ),
         Claim(
             "worst-pair",
             "no two of 41 entries are easier to tell apart than the extremes",
             at_most(1.0 + 1e-9),
             measure=worst_pair,
-            at="theorem 5.2",
         ),
         Claim(
             "accuracy",
@@ -173,7 +169,6 @@ SYSTEM = System(
             at_least(0.0),
             "mean_model_accuracy",
             difference("rqm", "pbm"),
-            at="figure 4",
             scale="full",
         ),
         Claim(
@@ -182,7 +177,6 @@ SYSTEM = System(
             at_least(0.90),
             "mean_model_accuracy",
             ratio("rqm", "none"),
-            at="figure 4",
             scale="full",
         ),
         Claim(
@@ -190,7 +184,6 @@ SYSTEM = System(
             "at equal divergence at least as accurate as PBM, mean of four settings",
             at_least(0.0),
             measure=frontier_gap,
-            at="figure 4",
             scale="full",
         ),
         Claim(

@@ -59,7 +59,7 @@ class FedLgd:
     Needs a model of layers in a row that ends in a linear one, without batch statistics. Without a
     hub every peer has anchors of its own. A client that misses round 0 begins in its next
     distillation round, with update_steps. All parcels weigh the same.
-    Source: Huang et al. 2024, algorithm 1 (arXiv 2303.02278).
+    Source: Huang et al. 2024 (arXiv 2303.02278).
 
     >>> FedLgd(every=5, max_updates=3).selected(10), FedLgd(every=5, max_updates=3).selected(15)
     (True, False)
