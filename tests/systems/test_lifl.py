@@ -207,6 +207,12 @@ def test_fault_lists_lose_and_double_nothing(settings: dict[str, Any]) -> None:
     assert explored.traces >= 6
 
 
+def test_a_clock_that_is_set_back_is_no_load() -> None:
+    """A gateway whose clock makes additions take no time at all, or less."""
+    small = {"task.hidden": [4], "rounds": 4, "capacity": 3}
+    assert not target("lifl", small).explore(1, first_seed=250).failures
+
+
 def test_checkers_see_what_they_are_for() -> None:
     def seen(*rows: Row) -> list[bool]:
         found = Run("event", 0, 3, list(rows))

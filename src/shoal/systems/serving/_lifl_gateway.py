@@ -338,7 +338,8 @@ class Gateway:
             return
         count = len(turn.clients)
         each_s = sum(turn.leaf_s) / len(turn.leaf_s) if turn.leaf_s else 0.0
-        if count and each_s:
+        # A clock that was set back in between tells nothing.
+        if count and each_s > 0:
             self.before = count / max(turn.last_s - turn.first_s, each_s), each_s
         for job in turn.tree.jobs:
             if job.busy:
