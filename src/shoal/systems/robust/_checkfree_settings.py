@@ -21,7 +21,8 @@ from shoal.parts.pipeline.topic_text import TopicText
 class Training:
     """A transformer of one block per stage that learns the standard library's help topics.
 
-    swaps: None = if the recovery needs them.
+    swaps: None = if the recovery needs them. pretrained: the first layers of SmolLM2-135M, one to a
+    stage, on Shakespeare instead; width and heads are the model's own then.
     """
 
     stages: int
@@ -35,6 +36,7 @@ class Training:
     lr: float = 2e-3
     clip: float = math.inf
     held_out: int = 64
+    pretrained: bool = False
 
     @property
     def swapped(self) -> bool:
@@ -45,12 +47,18 @@ class Training:
 @lru_cache(maxsize=32)
 def plan_of(training: Training) -> Plan:
     """The plan of a training; peers of one process share its model."""
-    text = TopicText(training.length, training.held_out)
-    shape = Transformer(
-        training.width, training.stages, training.heads, positions="learned", tied=True
-    )
+    if training.pretrained:
+        from shoal.systems.robust._checkfree_smollm2 import PlayText, Pretrained
+
+        text = PlayText(training.length, training.held_out)
+        module = Pretrained(training.stages, training.length)
+    else:
+        text = TopicText(training.length, training.held_out)
+        module = Transformer(
+            training.width, training.stages, training.heads, positions="learned", tied=True
+        ).build((training.length,), text.vocabulary)
     return Plan(
-        StagedModel(shape.build((training.length,), text.vocabulary), training.stages),
+        StagedModel(module, training.stages),
         text,
         SwapSchedule(training.stages, training.micro, training.swapped),
         AdamW(training.lr, weight_decay=0.0),

