@@ -28,6 +28,7 @@ _CAPITALS = {
     "fashion": "Fashion",
     "fedzip": "FedZip",
     "transformer": "Transformer",
+    "smollm2": "SmolLM2",
 }
 
 
