@@ -229,6 +229,15 @@ SYSTEM = System(
             "On digits the Frechet distance of what top-1 generates is at most that of one model "
             "with as much work in training and in sampling (up to 1.02 is a tie)",
             at_most(1.02), "digit_fd_top1", ratio("digits ddm", "digits monolith"), at="figure 5",
+            scale="full", expected="fails",
+            reason="1.35 (0.70, 1.35 and 2.14 on three seeds: 6.4, 9.7 and 14.7 against 9.2, 7.2 "
+            "and 6.9), while all experts together are at 0.61; probably since early on noise tells "
+            "little of the cluster, so that nearly all samples begin with the same few experts",
+        ),
+        Claim(
+            "quality-full",
+            "With all experts in every step, which takes eight times the work in sampling, it is",
+            at_most(1.0), "digit_fd_full", ratio("digits ddm", "digits monolith"), at="table 3",
             scale="full",
         ),
         Claim(
@@ -274,8 +283,7 @@ SYSTEM = System(
             expected="fails",
             reason="0.029 nats on average over noise: after 1,500 steps a network of 64 units "
             "still reads something into 64 coordinates of noise (0.12 with one hidden layer, 0.03 "
-            "with two, and falling with the learning rate); samples do not suffer, full and top-1 "
-            "are better than the one model",
+            "with two)",
         ),
     ),
     charts=(
