@@ -127,6 +127,9 @@ SYSTEM = System(
             at_least(1.05),
             measure=distilled_once,
             scale="full",
+            expected="fails",
+            reason="1.04 and 1.02 times as far apart as real ones (seeds 0 and 1): at this size of "
+            "images distillation hardly amplifies.",
         ),
         Claim(
             "less-apart",
@@ -134,6 +137,10 @@ SYSTEM = System(
             at_most(0.0),
             measure=distilled_globally,
             scale="full",
+            expected="fails",
+            reason="1.09 and 1.04 times as far apart as real ones, against 1.04 and 1.02 after one "
+            "distillation (seeds 0 and 1): what FedLGD gains in accuracy does not come from images "
+            "that are closer in these features.",
         ),
         Claim(
             "same-steps",
