@@ -100,9 +100,11 @@ def test_two_machines(machines: Machines, page: str) -> None:
 @pytest.mark.parametrize("by_file", [True, False])
 def test_a_peer_from_elsewhere_joins_what_up_started(machines: Machines, by_file: bool) -> None:
     up = machines.start(typed(PAGE, "shoal up 2 dpsgd --peers 3"), "one", founds=True)
-    file = machines.folder / "one" / ".shoal" / "up" / "dpsgd-1" / "run.json"
+    folder = machines.folder / "one" / ".shoal" / "up" / "dpsgd-1"
+    log = folder / "peer-1.log"
     limit = time.monotonic() + 60
-    while not file.exists():
+    # Both have their ids; a stranger who asks for none gets the first that is free.
+    while not (log.exists() and "peer 1: " in log.read_text()):
         assert up.poll() is None, up.communicate()[0]
         assert time.monotonic() < limit
         time.sleep(0.05)

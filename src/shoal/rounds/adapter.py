@@ -179,6 +179,8 @@ class Rounds:
             phases.local, own.state, own.shard, own.key, static=(method, round), cost=cost
         )
         own.sent = own.current = vector
+        # Stands in for an empty slot; what others get is made for them.
+        own.payload, _, _ = phases.encode(vector, own.codec, own.key, method, 0)
 
     async def _encode(self, peer: Peer, own: _Own, vector: Vector, round: int, hop: int) -> None:
         """A later hop sends the last hop's aggregate on."""

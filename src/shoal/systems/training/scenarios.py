@@ -67,8 +67,8 @@ SCENARIOS = {
         task={"name": "quadratics", "condition": 30.0}, topology={"name": "full"},
         links={"name": "links", "latency_s": 0.01}, device={"name": "device", "overhead_s": 0.05},
     ),
-    # A server and 20 clients with few kinds of digits each, softmax regression; ten steps on a batch
-    # of 32 take 0.998 s.
+    # A server and 20 clients with few kinds of digits each, softmax regression; ten steps on a
+    # batch of 32 take 0.998 s.
     "digits_clients": Scenario(
         name="training.digits_clients", peers=21, seconds=60.0, eval_every=1, eval_peers=1,
         measures=("federated_loss",),
@@ -86,8 +86,8 @@ SCENARIOS = {
         },
         links={"name": "links", "latency_s": 0.01}, device={"name": "device", "flops_per_s": 1e8},
     ),
-    # A server and 10 clients with 3 to 5 kinds of digits each, in unequal numbers; a step on a batch
-    # of 32 takes 0.1 s.
+    # A server and 10 clients with 3 to 5 kinds of digits each, in unequal numbers; a step on a
+    # batch of 32 takes 0.1 s.
     "digits_silos": Scenario(
         name="training.digits_silos", peers=11, seconds=120.0, eval_every=1, eval_peers=1,
         task={"name": "digits", "split": "uneven", "classes_per_peer": 3, "spread": 1.0},
