@@ -104,9 +104,9 @@ SYSTEM = System(
     deviations=(
         "a socket with serialisation is Python's pickle over local TCP, a broker a third process "
         "that takes the whole message before it hands it on; bare bytes are read into the "
-        "receiver's buffer as they come, which no serving framework does: their two copies are made "
-        "in two processes at once, so half of their time was measured on some runs only (0.39 to "
-        "0.65), and what is spared is processor time",
+        "receiver's buffer as they come, which no serving framework does: their two copies are "
+        "made in two processes at once, so half of their time was measured on some runs only "
+        "(0.39 to 0.65), and what is spared is processor time",
         "the sender's copy into shared memory is counted, although an aggregator's sum is made "
         "there in the first place",
         "each sends one update at a time and waits until it is in the sum; a pipeline would hide "
