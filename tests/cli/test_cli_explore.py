@@ -77,7 +77,7 @@ def test_a_broken_invariant_is_shrunk_stored_and_replayed(folder: Path) -> None:
 def test_processes_find_the_same_in_the_same_order(folder: Path) -> None:
     found = []
     for jobs in ("1", "2"):
-        code, text = call("broken", "--seeds", "9", "--jobs", jobs, "--json")
+        code, text = call("broken", "--seeds", "9", "--jobs", jobs, "--json", "--quiet")
         assert code == 1, text
         found.append((text, (folder / ".shoal" / "explore" / "broken.json").read_bytes()))
     assert found[0] == found[1]
