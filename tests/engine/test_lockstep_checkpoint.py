@@ -252,7 +252,7 @@ def test_everything_that_rounds_may_change_is_kept_or_made_anew() -> None:
         "Lockstep": {
             "first", "worlds", "settings", "executor", "shared", "total", "hub", "hub_rows",
             "fresh", "shards", "device", "hubs_there", "keys_there", "peers_there", "everyone",
-            "hubs", "_meshes",
+            "hubs", "_meshes", "given",
         },
         "World": {
             "method", "network", "measure", "offset", "rows", "run", "timeline", "peers", "key",
@@ -260,7 +260,7 @@ def test_everything_that_rounds_may_change_is_kept_or_made_anew() -> None:
         },
         "Timeline": {"faults", "_absent"},
         "Wires": {"network"},
-        "Measure": {"task", "_final", "_chosen", "_honest", "_open"},
+        "Measure": {"task", "_final", "_each", "_chosen", "_honest", "_open"},
     }  # fmt: skip
     kept = {
         "Lockstep": {"state", "codec", "hub_state", "adopted", "saved"},

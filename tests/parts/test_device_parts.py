@@ -53,6 +53,8 @@ rule inside)."""
 @pytest.mark.parametrize(("name", "settings"), examples("aggregate"))
 def test_aggregators(name: str, settings: dict[str, Any], dtype: torch.dtype) -> None:
     rule = find("aggregate", name)(**settings)
+    if hasattr(rule, "bind"):
+        rule = rule.bind(FlatSpec(("weight", "bias"), ((4,), ())))
     x = normal(3, ROWS, 5, dtype=dtype)
     x[1, 2, 0] = float("nan")
     mask = normal(3, ROWS, word="mask") < 0.8

