@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+import torch
 from hypothesis import settings
 
 from shoal.testing.pretend_device import register
@@ -12,3 +14,9 @@ settings.load_profile("shoal")
 
 # torch counts devices at the first backward pass of a process, whichever test that is in.
 register()
+
+
+@pytest.fixture(autouse=True)
+def _own_first_values() -> None:
+    """Modules that a test makes without a seed begin alike in every run, in any order of tests."""
+    torch.manual_seed(0)

@@ -139,11 +139,12 @@ def test_contestants_compute_the_same_models(workload: Workload, loops: tuple, d
 @pytest.mark.parametrize("loop", [VmapLoop, StackedMLP, PlainLoop, ChannelsLastLoop])
 def test_loops_take_every_sample_once_an_epoch(loop: type) -> None:
     # At a small rate two steps add up to twice the gradient of all samples, whatever the order.
+    # A smaller one would vanish in the last digits of the parameters.
     workload = Workload(2, 64, 8, find("models", "mlp")(hidden=(4,)))
     task, module = workload.task(), workload.module()
     index = task.shares.index
     x, y = task.x[index], task.y[index]
-    made = loop(module, x, y, 1e-3, 32)
+    made = loop(module, x, y, 1e-2, 32)
     begin = made.params().clone()
     made.round()
     expected = torch.zeros_like(begin)
@@ -153,7 +154,7 @@ def test_loops_take_every_sample_once_an_epoch(loop: type) -> None:
         expected += torch.cat([g.flatten() for g in gradients])
     moved = begin - made.params()
     assert torch.nn.functional.cosine_similarity(moved, expected, 0) > 0.999
-    torch.testing.assert_close(moved.norm(), 1e-3 * expected.norm(), rtol=0.02, atol=0.0)
+    torch.testing.assert_close(moved.norm(), 1e-2 * expected.norm(), rtol=0.02, atol=0.0)
 
 
 def test_sizes_of_the_workloads() -> None:

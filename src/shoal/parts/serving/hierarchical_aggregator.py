@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 MERGE = 4
 """How many sums of leaves are merged before their slots are freed."""
 
+START_S = 60.0
+"""How long a new process may take until it is ready, however busy the machine."""
+
 
 @dataclass(frozen=True, eq=False)
 class Aggregated:
@@ -38,11 +41,12 @@ class Aggregated:
 
 @dataclass(eq=False)
 class _Worker:
-    """A process, and the job to which it is adding."""
+    """A process, whether it said that it is ready, and the job to which it is adding."""
 
     process: BaseProcess
     requests: connection.Connection
     pid: int
+    ready: bool = False
     job: Job | None = None
 
 
@@ -91,6 +95,16 @@ class HierarchicalAggregator:
         try:
             for _ in range(workers):
                 self._workers.append(self._start())
+            for worker in self._workers:
+                if not worker.requests.poll(START_S):
+                    raise ShoalError(f"aggregator {worker.pid} did not start within {START_S:g} s")
+                worker.requests.recv()
+                worker.ready = True
+        except EOFError:
+            self.close()
+            raise ShoalError(
+                'an aggregator ended as it started (a script needs `if __name__ == "__main__"`)'
+            ) from None
         except BaseException:
             self.close()
             raise
@@ -147,7 +161,8 @@ class HierarchicalAggregator:
     def _put(self, tree: AggregationTree, values: Tensor | np.ndarray) -> bytes:
         while self.store.free <= self._spare:
             self._turn(tree, None)
-            if self.store.free <= self._spare and not any(w.job for w in self._workers):
+            at_work = any(w.job is not None or not w.ready for w in self._workers)
+            if self.store.free <= self._spare and not at_work:
                 raise StoreFull(
                     f"{self.store.slots} slots hold updates that no sum takes yet (raise slots)"
                 )
@@ -164,14 +179,17 @@ class HierarchicalAggregator:
     def _turn(self, tree: AggregationTree, timeout_s: float | None) -> None:
         """Give work to whoever has none, and hear what was done. None waits for something."""
         self._assign(tree)
-        busy = {worker.requests: worker for worker in self._workers if worker.job is not None}
-        if not busy:
+        awaited = {w.requests: w for w in self._workers if w.job is not None or not w.ready}
+        if not awaited:
             return
-        heard = connection.wait(list(busy), self.patience_s if timeout_s is None else timeout_s)
-        for ready in heard:
-            self._hear(tree, busy[ready])  # type: ignore[index]
+        # A process that only starts is given time to, while no other one is at work.
+        slow = [worker for worker in awaited.values() if worker.ready] or list(awaited.values())
+        patience_s = self.patience_s if slow[0].ready else START_S
+        heard = connection.wait(list(awaited), patience_s if timeout_s is None else timeout_s)
+        for one in heard:
+            self._hear(tree, awaited[one])  # type: ignore[index]
         if not heard and timeout_s is None:
-            for worker in busy.values():
+            for worker in slow:
                 self._replace(tree, worker)
         self._assign(tree)
 
@@ -179,7 +197,8 @@ class HierarchicalAggregator:
         for key in tree.freed():
             self.store.release(key)
         for worker in self._workers:
-            step = tree.step(self.store.reserve) if worker.job is None else None
+            idle = worker.ready and worker.job is None
+            step = tree.step(self.store.reserve) if idle else None
             if step is None:
                 continue
             worker.job, addend = step.job, step.addend
@@ -194,6 +213,9 @@ class HierarchicalAggregator:
             problem = worker.requests.recv()
         except (EOFError, OSError):
             self._replace(tree, worker)
+            return
+        if not worker.ready:
+            worker.ready = True
             return
         job, worker.job = worker.job, None
         assert job is not None
@@ -232,7 +254,7 @@ class HierarchicalAggregator:
         worker.process.close()
         new = self._start()
         worker.process, worker.requests, worker.pid = new.process, new.requests, new.pid
-        worker.job = None
+        worker.ready, worker.job = False, None
 
     def _read(self, result: Addend) -> Aggregated:
         if not result.weight > 0:
@@ -249,9 +271,12 @@ class HierarchicalAggregator:
             if worker.job is None:
                 continue
             try:
-                worker.requests.recv()
-                worker.job = None
+                heard = worker.requests.poll(self.patience_s) and worker.requests.recv() is not None
             except (EOFError, OSError):
+                heard = False
+            if heard:
+                worker.job = None
+            else:
                 self._renew(worker)
         for job in tree.jobs:
             self.store.release(job.out)
