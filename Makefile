@@ -4,12 +4,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
+# Tests start hundreds of processes: without stored bytecode each would compile all sources again.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: run test slow check rota setup pages picture clean
 run: $(STAMP)
 	$(BIN)/shoal run examples/first_comparison.toml
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu"
+	$(BIN)/python -m pytest -n 3 -m "not slow and not gpu"
 
 # As many slow tests as fit into five minutes; others with every commit.
 slow: $(STAMP)

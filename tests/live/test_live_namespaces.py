@@ -69,6 +69,7 @@ def on_the_virtual_network(program: Cross, kinds: tuple[str, ...]) -> Run:
     return simulate(program, Network(len(kinds), links=Links(latency_s=0.002), nats=nats))
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(180)
 def test_the_kernel_s_nat_lets_meet_whom_the_model_lets_meet(tmp_path: Path) -> None:
     real = in_namespaces(Cross(("203.0.113.10", "203.0.113.11"), TURNS), KINDS, tmp_path)

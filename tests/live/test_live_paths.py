@@ -145,6 +145,7 @@ def test_a_relay_cannot_read_what_it_passes_on(
     assert (words in passed) == (security == "none")
 
 
+@pytest.mark.slow
 def test_limits_of_a_relay_cut_a_pair_off() -> None:
     limits = RelayLimits(circuit_bytes=100_000)
     run = run_live(Meet(limits, sizes=(4, 1 << 16, 4), until_s=14.0), Network(3), settings=SETTINGS)
@@ -341,6 +342,7 @@ class Stubborn(Meet):
             await peer.sleep_until(peer.now() + 0.5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("who", [0, 2])
 def test_who_comes_back_is_found_again(who: int) -> None:
     """The relay, or the peer that is called: reservations and lines are made anew."""

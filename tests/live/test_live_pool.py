@@ -242,6 +242,7 @@ def test_a_called_peer_may_ask_for_the_end() -> None:
     run(scenario())
 
 
+@pytest.mark.slow
 def test_thousand_connections_leave_neither_descriptors_nor_memory() -> None:
     async def scenario() -> None:
         with crowd(3, handshake_s=0.3) as few:

@@ -48,6 +48,7 @@ def test_a_killed_peer_comes_back_from_its_store_until_its_restarts_are_used_up(
     assert not up.half_written()
 
 
+@pytest.mark.slow
 def test_a_peer_that_came_back_hears_the_others_and_is_heard(tmp_path: Path) -> None:
     up = Upped(tmp_path, "3", "beats", "--set", "beats=60", "--restart")
     try:
@@ -151,6 +152,7 @@ def _joiner(up: Upped, *words: str) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("by_file", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_peer_from_elsewhere_joins_a_run_under_way(tmp_path: Path, by_file: bool) -> None:
     settings = ("--set", "beats=80")

@@ -342,6 +342,7 @@ def test_on_sockets() -> None:
     assert [rule(found) for rule in INVARIANTS] == [None] * len(INVARIANTS)
 
 
+@pytest.mark.slow
 @pytest.mark.live
 @pytest.mark.timeout(180)
 def test_between_processes_of_which_one_is_killed_for_good() -> None:

@@ -372,6 +372,7 @@ def test_live_and_event_hold_the_same_bits() -> None:
     check_live(program, program_of(what, world, 3)[0], 3, network)
 
 
+@pytest.mark.slow
 @pytest.mark.live
 def test_on_sockets_the_sequencer_dies_and_one_comes() -> None:
     what = JustOneByte(

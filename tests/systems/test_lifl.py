@@ -338,6 +338,7 @@ def test_the_machine_refuses_what_it_cannot_measure(settings: dict[str, Any], sa
         lifl_machine(WORLD, **settings)
 
 
+@pytest.mark.slow
 @pytest.mark.live
 @pytest.mark.timeout(300)
 def test_processes_that_are_killed_lose_nothing() -> None:

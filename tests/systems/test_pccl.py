@@ -192,6 +192,7 @@ def test_processes_are_killed_at_seconds_and_all_or_none_come_back() -> None:
         )
 
 
+@pytest.mark.slow
 @pytest.mark.live
 def test_a_process_that_is_killed_is_replaced() -> None:
     world = replace(WORLD, peers=4, rounds=60).with_settings(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,8 @@ class CardText:
         }
 
 
+# A text read again gives the same card: a process that asks by name asks often.
+@lru_cache(maxsize=1024)
 def read_card(
     text: str, file: str, family: str, root: Path, *, whole: bool = True
 ) -> CardText | None:
