@@ -18,6 +18,9 @@ from shoal.tensor.types import Key, Scalar, Vector
 BATCH_BYTES = 256 << 20
 """Rows train in groups whose batches stay below this; a constant, whatever memory is free."""
 
+DRAWN_BYTES = 16 << 20
+"""What the samples of later steps may take."""
+
 Correction = Callable[[Vector, Vector, Any], Vector]
 """(params [..., dim], grad [..., dim], context) -> the gradient to follow."""
 
@@ -67,29 +70,32 @@ def descend(
     correct: Correction | None = None,
     context: Any = None,
     gradient: Gradient | None = None,
+    drift: Vector | None = None,
 ) -> tuple[Vector, Any]:
     """Train on a peer's own shard: (params [..., dim], state) after local steps; pure.
 
     Either `steps` batches drawn with replacement, or `epochs` passes over every sample. Keys come
     from `step.key`, so give each round its own. A row without samples in a batch takes no step,
     so a peer with fewer samples ends exactly as it would alone. `correct` may change each
-    gradient (proximal terms, control variates); it sees `context`, a tree with the same leading
-    axes. `gradient` replaces `task.grad` for methods that look at a batch more than once
-    (sharpness-aware steps). `scale` multiplies the learning rate.
+    gradient (proximal terms); it sees `context`, a tree with the same leading axes. `drift`
+    [..., dim] is added to every gradient (control variates). `gradient` replaces `task.grad` for
+    methods that look at a batch more than once (sharpness-aware steps). `scale` multiplies the
+    learning rate.
     """
     _check(steps, epochs, batch_size)
     lead = params.shape[:-1]
     rows, limit = math.prod(lead), _rows_at_once(task, batch_size)
     plan = (task, optimizer, correct, gradient, steps, epochs, batch_size)
     if rows <= limit:
-        return _descend(plan, params, state, step.shard, step.key, scale, context)
-    many = (state, step.shard, step.key.expand(lead), context, scale)
+        return _descend(plan, params, state, step.shard, step.key, scale, context, drift)
+    many = (state, step.shard, step.key.expand(lead), context, scale, drift)
     flat = tree.map_tree(lambda leaf: _join(leaf, lead), (params, *many))
     done = []
     for start in range(0, rows, limit):
         part, *rest = tree.select(flat, slice(start, start + limit))
-        part_state, shard, key, part_context, part_scale = rest
-        done.append(_descend(plan, part, part_state, shard, key, part_scale, part_context))
+        part_state, shard, key, part_context, part_scale, part_drift = rest
+        made = _descend(plan, part, part_state, shard, key, part_scale, part_context, part_drift)
+        done.append(made)
     leaves = [tree.flatten(pair) for pair in done]
     joined = [torch.cat(column) for column in zip(*(found for found, _ in leaves), strict=True)]
     shaped = [leaf.view(*lead, *leaf.shape[1:]) for leaf in joined]
@@ -110,6 +116,24 @@ def gradients(
     return (epochs or 0) * -(-shard.size // batch_size)
 
 
+def draws(task: Task, shard: Shard, key: Key, steps: range, size: int) -> Iterator[Batch]:
+    """`task.batch(shard, fold(key, i), size)` for each of some steps i.
+
+    Samples of several steps are drawn in one call: a draw costs as much as a small step.
+    """
+    step_bytes = key.numel() * size * getattr(task, "sample_bytes", DRAWN_BYTES)
+    ahead = max(1, DRAWN_BYTES // max(1, step_bytes))
+    for first in range(0, len(steps), ahead):
+        some = torch.tensor(steps[first : first + ahead], dtype=torch.int64, device=key.device)
+        keys = keyed.fold(key, some.view(-1, *(1,) * key.dim()))
+        drawn = task.batch(_repeated(shard, len(some)), keys, size)
+        yield from map(Batch, drawn.x, drawn.y, drawn.mask)
+
+
+def _repeated(shard: Shard, times: int) -> Shard:
+    return tree.map_tree(lambda leaf: leaf.expand(times, *leaf.shape), shard)
+
+
 def _descend(
     plan: tuple[Task, Optimizer, Correction | None, Gradient | None, int | None, int | None, int],
     params: Vector,
@@ -118,6 +142,7 @@ def _descend(
     key: Key,
     scale: Tensor | float,
     context: Any,
+    drift: Vector | None,
 ) -> tuple[Vector, Any]:
     task, optimizer, correct, gradient, steps, epochs, batch_size = plan
     plain = optimizer.plain_lr
@@ -129,8 +154,12 @@ def _descend(
     for batch in _batches(task, shard, key, steps, epochs, batch_size):
         if fused and plain is not None:
             params, own = task.descended(params, batch, plain * float(scale), donate=own), True
+            if drift is not None:
+                params.sub_(_where_data(drift, batch), alpha=plain * float(scale))
             continue
         grad = gradient(task, params, batch)
+        if drift is not None:
+            grad = grad + _where_data(drift, batch)
         if correct is not None:
             grad = correct(params, grad, context)
         here = batch.mask.any(-1)
@@ -146,6 +175,13 @@ def _descend(
     return params, state
 
 
+def _where_data(drift: Vector, batch: Batch) -> Vector:
+    """A row without samples takes no step."""
+    here = batch.mask.any(-1)
+    whole = here.is_cpu and bool(here.all())
+    return drift if whole else torch.where(here.unsqueeze(-1), drift, 0.0)
+
+
 def _plain(task: Task, params: Vector, batch: Batch) -> Vector:
     return task.grad(params, batch)
 
@@ -153,8 +189,7 @@ def _plain(task: Task, params: Vector, batch: Batch) -> Vector:
 def _batches(
     task: Task, shard: Shard, key: Key, steps: int | None, epochs: int | None, size: int
 ) -> Iterator[Batch]:
-    for i in range(steps or 0):
-        yield task.batch(shard, keyed.fold(key, i), size)
+    yield from draws(task, shard, key, range(steps or 0), size)
     for i in range(epochs or 0):
         yield from task.epoch(shard, keyed.fold(key, i), size)
 

@@ -69,8 +69,7 @@ class ControlVariates:
         optimizer = SGD(self.lr)
         after, _ = descend(
             step.task, optimizer, state.params, optimizer.init(state.params), step,
-            steps=self.steps, batch_size=self.batch_size, correct=_corrected,
-            context=state.shared - state.own,
+            steps=self.steps, batch_size=self.batch_size, drift=state.shared - state.own,
         )  # fmt: skip
         moved = after - state.params
         has = step.shard.size > 0
@@ -97,7 +96,3 @@ class ControlVariates:
 
     def params(self, state: State) -> Vector:
         return state.params
-
-
-def _corrected(params: Vector, grad: Vector, correction: Vector) -> Vector:
-    return grad + correction
