@@ -11,7 +11,7 @@ from torch import Tensor
 
 from shoal.base.errors import UsageError
 from shoal.tensor.flat import FlatSpec
-from shoal.tensor.stack import combine, or_center, shares, usable
+from shoal.tensor.stack import certain, combine, finite_rows, or_center, shares, usable
 from shoal.tensor.types import Mask, Stack, Vector, Weight
 
 Target = Literal["conservative", "self", "others"]
@@ -37,8 +37,8 @@ class VarianceCorrected:
 
     >>> rule = VarianceCorrected().bind(FlatSpec(("w",), ((4,),)))
     >>> x = torch.tensor([[1.0, -1.0, 1.0, -1.0], [1.0, 1.0, -1.0, -1.0]])
-    >>> rule(x, mask=torch.ones(2, dtype=torch.bool)).tolist()
-    [1.4142135381698608, 0.0, 0.0, -1.4142135381698608]
+    >>> rule(x, mask=torch.ones(2, dtype=torch.bool)).mul(1000).round().tolist()
+    [1414.0, 0.0, 0.0, -1414.0]
     """
 
     target: Target = "conservative"
@@ -71,7 +71,9 @@ class VarianceCorrected:
                 f"VarianceCorrected: vectors of {x.shape[-1]} numbers for a layout of "
                 f"{self.layout.dim}"
             )
-        x, rows = usable(x, mask)
+        rows = finite_rows(x) & mask
+        if not certain(rows):
+            x, rows = usable(x, mask)
         if not x.shape[-2]:
             return or_center(x.sum(-2), rows.any(-1), center)
         share = shares(rows, weight)
@@ -84,7 +86,7 @@ class VarianceCorrected:
         assert self.layout is not None
         pieces = x.split(list(self.layout.sizes), -1)
         zero = x.new_zeros(x.shape[:-1])
-        found = [piece.var(-1) if piece.shape[-1] > 1 else zero for piece in pieces]
+        found = [variance(piece) if piece.shape[-1] > 1 else zero for piece in pieces]
         return torch.stack(found, -1).to(torch.float64)
 
     def _goal(self, x: Stack, share: Tensor, center: Vector | None) -> Tensor:
@@ -110,6 +112,18 @@ class VarianceCorrected:
             scaled = torch.addcmul(middle, piece - middle, scale.to(mean.dtype))
             made.append(torch.where(fit.unsqueeze(-1), scaled, piece))
         return torch.cat(made, -1)
+
+
+def variance(piece: Tensor) -> Tensor:
+    """Unbiased, of the last axis: [..., n] -> [...], n at least 2.
+
+    `Tensor.var` takes several times as long on rows that lie apart.
+
+    >>> round(variance(torch.tensor([1.0, 2.0, 3.0])).item(), 6)
+    1.0
+    """
+    apart = piece - piece.mean(-1, keepdim=True)
+    return torch.linalg.vector_norm(apart, dim=-1).square() / (piece.shape[-1] - 1)
 
 
 def variance_corrected_average(

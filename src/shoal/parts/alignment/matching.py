@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -62,27 +62,32 @@ def activation_orders(
     matched = torch.zeros(len(others), dtype=torch.float64, device="cpu")
     for place, values in enumerate(found):
         score = correlations(values[:1], values[1:]).cpu()
+        mine = _incoming(units, place, own, None)
         for k, other in enumerate(others):
-            incoming = _incoming(units, place, own, other, orders[k])
-            order = assignment(score[k] + _TIE * incoming)
+            theirs = _incoming(units, place, other, orders[k][-1] if place else None)
+            order = assignment(score[k] + _TIE * (mine @ theirs.mT))
             orders[k].append(order)
             matched[k] += score[k].gather(1, order.unsqueeze(-1)).mean() / len(found)
     return orders, matched
 
 
-def _incoming(units: Units, place: int, own: Vector, other: Vector, before: list[Index]) -> Tensor:
-    """Cosine of the weights that make units, with the layers before in order: [units, units]."""
-    layer = units.layers[place]
-    identity = [torch.arange(each.units, device="cpu") for each in units.layers[place:]]
-    moved = units.permuted(other, [*before, *identity])
-    mine, theirs = (_rows(units, layer.made, v) for v in (own, moved))
-    mine, theirs = (v / v.norm(dim=-1, keepdim=True).clamp(min=1e-12) for v in (mine, theirs))
-    return mine @ theirs.mT
+def _incoming(units: Units, place: int, params: Vector, before: Index | None) -> Tensor:
+    """The weights that make each unit of a layer, of length 1 each: float64 [units, numbers].
+
+    before: the order of the units of the layer before, from which they come.
+    """
+    named = dict(units.spec.views(params))
+    if before is not None:
+        for axis in units.layers[place - 1].read:
+            named[axis.name] = named[axis.name].index_select(
+                axis.axis, axis.positions(before).to(params.device)
+            )
+    rows = _rows(units.layers[place].made, named)
+    return rows / rows.norm(dim=-1, keepdim=True).clamp(min=1e-12)
 
 
-def _rows(units: Units, axes: Sequence[Axis], params: Vector) -> Tensor:
+def _rows(axes: Sequence[Axis], named: Mapping[str, Tensor]) -> Tensor:
     """Every number that makes a unit, float64 [units, numbers], on the processor."""
-    named = units.spec.views(params)
     parts = [named[axis.name].movedim(axis.axis, 0).flatten(1) if named[axis.name].dim() > 1
              else named[axis.name].unsqueeze(-1) for axis in axes]  # fmt: skip
     return torch.cat(parts, -1).to("cpu", torch.float64)

@@ -28,6 +28,14 @@ class Axis:
     axis: int
     block: int = 1
 
+    def positions(self, order: Index) -> Index:
+        """Where the entries of units in a new order [units] come from: [units * block]."""
+        index = order.to("cpu")
+        if self.block == 1:
+            return index
+        steps = torch.arange(self.block, device="cpu")
+        return (index.unsqueeze(-1) * self.block + steps).flatten()
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -119,11 +127,7 @@ class Units:
         found = {name: place.clone() for name, place in self._places.items()}
         for layer, order in zip(self.layers, orders, strict=True):
             for axis in (*layer.made, *layer.read):
-                index = order.to("cpu")
-                if axis.block > 1:
-                    steps = torch.arange(axis.block, device="cpu")
-                    index = (index.unsqueeze(-1) * axis.block + steps).flatten()
-                found[axis.name] = found[axis.name].index_select(axis.axis, index)
+                found[axis.name] = found[axis.name].index_select(axis.axis, axis.positions(order))
         return torch.cat([found[name].flatten() for name in self.spec.names])
 
     def permuted(self, params: Vector, orders: Sequence[Index]) -> Vector:

@@ -24,6 +24,7 @@ from torch import Tensor
 from shoal.base.errors import UsageError
 from shoal.lab.card import Arm, Budget, Claim, Source, System, at_least, at_most, ratio
 from shoal.lab.rows import Rows
+from shoal.rounds.local import draws
 from shoal.rounds.strategy import Heard, Parcel, Step
 from shoal.tensor import keyed, tree
 from shoal.tensor.types import Mask, Stack, Vector
@@ -134,10 +135,12 @@ class AnchorSampling:
         """Where the small-batch steps lead from, minus where to."""
         before, direction = state.params, state.mean
         params = torch.sub(before, direction, alpha=self.lr)
-        for k in range(1, self.steps):
-            batch = step.task.batch(step.shard, keyed.fold(step.key, "mine", k), self.batch_size)
-            change = step.task.grad(params, batch) - step.task.grad(before, batch)
-            direction = direction + change
+        key = keyed.fold(step.key, "mine")
+        batches = draws(step.task, step.shard, key, range(1, self.steps), self.batch_size)
+        for batch in batches:
+            # Both gradients in one call: for small batches a call costs as much as the work.
+            after, earlier = step.task.grad(torch.stack((params, before)), batch)
+            direction = direction + (after - earlier)
             before, params = params, torch.sub(params, direction, alpha=self.lr)
         return state.params - params
 

@@ -33,7 +33,7 @@ from shoal.lab.card import (
     value,
 )
 from shoal.lab.rows import Rows
-from shoal.parts.aggregate.variance_corrected import VarianceCorrected
+from shoal.parts.aggregate.variance_corrected import VarianceCorrected, variance
 from shoal.parts.optimise.sgd import SGD
 from shoal.rounds.local import descend
 from shoal.rounds.strategy import Heard, Parcel, Step
@@ -116,7 +116,7 @@ def spread(params: Vector, spec: FlatSpec) -> Tensor:
     """The variance of each weight matrix, [..., matrices]; biases begin without any."""
     views = spec.views(params)
     matrices = [views[name].flatten(-len(shape)) for name, shape in _matrices(spec)]
-    return torch.stack([matrix.var(-1) for matrix in matrices], -1)
+    return torch.stack([variance(matrix) for matrix in matrices], -1)
 
 
 def _matrices(spec: FlatSpec) -> list[tuple[str, tuple[int, ...]]]:
