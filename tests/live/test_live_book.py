@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from shoal.base.errors import UsageError
 from shoal.engine.live.book import Book, Conflict, Record, signed
+from shoal.engine.live.joining import Joining
 from shoal.wire.identity import Identity
 
 RUN = bytes(range(16))
@@ -77,6 +78,17 @@ def test_an_id_belongs_to_its_first_key_and_a_key_to_one_id() -> None:
     assert book.seat(OWNERS[3].public, -1) == 2
     assert book.seat(OWNERS[2].public, -1) == 0
     assert book.seat(OWNERS[0].public, -1) is None
+
+
+def test_ids_that_are_kept_go_only_to_those_that_ask_for_them() -> None:
+    book = Book(RUN, 4, kept=2)
+    assert book.seat(OWNERS[2].public, -1) == 2
+    assert book.seat(OWNERS[0].public, 0) == 0
+    assert book.seat(OWNERS[3].public, -1) == 3
+    assert book.seat(OWNERS[1].public, -1) is None
+    assert book.seat(OWNERS[1].public, 1) == 1
+    with pytest.raises(UsageError, match="kept=-1; need 0 or more"):
+        Joining(kept=-1)
 
 
 def test_a_book_has_a_size() -> None:

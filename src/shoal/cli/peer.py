@@ -70,6 +70,10 @@ def command(
     wait: Annotated[
         int | None, typer.Option("--wait", min=1, help="Start with so many peers (default: all)."),
     ] = None,
+    kept: Annotated[
+        int, typer.Option("--kept", min=0,
+                          help="Give ids below this one only to those that ask for them by --id."),
+    ] = 0,
     start_s: Annotated[
         float, typer.Option("--start-s", min=0.1, help="How long to wait for the start."),
     ] = 600.0,
@@ -119,7 +123,7 @@ def command(
         advertise=None if advertise is None else address(advertise, "--advertise"),
         bootstrap=tuple(address(a, "--bootstrap") for a in (bootstrap or "").split(",") if a),
         peer=id, identity=identity, allow=None if allow is None else names_in(allow),
-        wait_for=wait, gone_s=gone_s,
+        wait_for=wait, kept=kept, gone_s=gone_s,
     )  # fmt: skip
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())

@@ -104,6 +104,8 @@ class Up:
         for peer in range(count):
             words = [sys.executable, "-m", "shoal", "peer", str(file), "--id", str(peer)]
             words += ["--store", str(self._store(peer)), "--until-eof"]
+            # Whoever joins from elsewhere must not get the place of one that is still to start.
+            words += ["--kept", str(count)]
             words += ["--start-s", str(start_s), "--gone-s", str(gone_s)]
             port = self.bootstrap[1] if peer == 0 else 0
             words += ["--listen", _shown((listen[0], port))]

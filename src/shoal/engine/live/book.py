@@ -82,14 +82,16 @@ class Book:
     """The records that one peer knows. `take` is the only way in, and checks everything.
 
     run: 16 bytes that all peers of a run share; allow: the names (`peer_name`) of the keys that may
-    take part, None = any.
+    take part, None = any. kept: ids below this one go only to those that ask for them by number.
 
     >>> book = Book(bytes(16), 2)
     >>> book.free(), book.addresses()
     (0, {})
     """
 
-    def __init__(self, run: bytes, peers: int, allow: Collection[str] | None = None) -> None:
+    def __init__(
+        self, run: bytes, peers: int, allow: Collection[str] | None = None, kept: int = 0
+    ) -> None:
         if not 1 <= peers <= PEERS_MAX:
             raise UsageError(
                 f"address book: {peers} peers; need 1 to {PEERS_MAX} (run more of them in one "
@@ -98,6 +100,7 @@ class Book:
         self.run = run
         self.peers = peers
         self.records: dict[int, Record] = {}
+        self._kept = kept
         self._allow = None if allow is None else frozenset(allow)
         self._reserved: dict[bytes, int] = {}
 
@@ -161,9 +164,9 @@ class Book:
         return found
 
     def free(self) -> int | None:
-        """The first id that nobody holds and that is not reserved."""
+        """The first id that nobody holds and that is neither kept nor reserved."""
         taken = {*self.records, *self._reserved.values()}
-        return next((peer for peer in range(self.peers) if peer not in taken), None)
+        return next((peer for peer in range(self._kept, self.peers) if peer not in taken), None)
 
     def addresses(self) -> dict[int, Address]:
         """Where each known peer listens."""

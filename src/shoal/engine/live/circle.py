@@ -104,7 +104,7 @@ class Circle:
 
     def open(self, run: bytes, stored: Membership | None) -> None:
         """Begin with an empty book of a run, or with what the store knows."""
-        self.book = Book(run, self._peers, self._joining.allow)
+        self.book = Book(run, self._peers, self._joining.allow, self._joining.kept)
         if stored is not None:
             self.peer = stored.peer
             self.book.take(stored.records)
@@ -188,7 +188,8 @@ class Circle:
 
     def _admitted(self, welcome: Welcome, moment_ns: int, local: str, *, fresh: bool) -> None:
         if fresh:
-            self.book = Book(welcome.run, self._peers, self._joining.allow)
+            joining = self._joining
+            self.book = Book(welcome.run, self._peers, joining.allow, joining.kept)
         self.peer = welcome.peer
         if not self.host:
             self.host = local

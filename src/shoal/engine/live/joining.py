@@ -20,7 +20,9 @@ class Joining:
     (`peer_name` of their keys), None = any. program: 16 bytes that stand for what is run; all peers
     must agree on them.
     wait_for: with how many peers the founder starts, None = all that do not join later by the fault
-    list. gone_s: for how long a peer that is done waits for one that does not answer any more.
+    list. kept: this peer leaves the ids below this one to those that ask for them by number, as
+    somebody is still to start these. gone_s: for how long a peer that is done waits for one that
+    does not answer any more.
 
     >>> Joining(bootstrap=(("127.0.0.1", 7000),)).listen
     ('127.0.0.1', 0)
@@ -34,12 +36,15 @@ class Joining:
     allow: frozenset[str] | None = None
     program: bytes = bytes(16)
     wait_for: int | None = None
+    kept: int = 0
     gone_s: float = 10.0
 
     def __post_init__(self) -> None:
         check_positive("Joining", self, "gone_s")
         if self.wait_for is not None and self.wait_for < 1:
             raise UsageError(f"Joining: wait_for={self.wait_for}; need at least 1 peer")
+        if self.kept < 0:
+            raise UsageError(f"Joining: kept={self.kept}; need 0 or more ids")
         if self.allow is not None and self.identity.name not in self.allow:
             raise UsageError(
                 f"Joining: this peer's own key {self.identity.name} is not among those allowed "
