@@ -15,7 +15,7 @@ import pytest
 from fake_lab import Mine, counting_launch, failing_launch, fake_launch
 
 from shoal.base.errors import UsageError
-from shoal.lab.card import Arm
+from shoal.lab.card import Arm, Budget, Claim, System, at_least, difference
 from shoal.lab.cell import Cell
 from shoal.lab.experiment import Experiment, Tick
 from shoal.lab.run import run
@@ -67,6 +67,41 @@ def test_precedence_of_settings(catalogue: Path) -> None:
     assert dict(b.settings) == {"rate": 0.25, "layers": (4, 4)}
     experiment.overrides = {"peers": "30"}
     assert [c.scenario.peers for c in experiment.cells()] == [30, 30]
+
+
+def test_a_budget_may_leave_arms_out() -> None:
+    def card(*arms: str, scale: str = "full") -> System:
+        better = Claim(
+            "better", "it is better", at_least(0.0), "accuracy", difference("new", "old"),
+            scale=scale,
+        )  # fmt: skip
+        return System(
+            name="two", kind="strategy", title="Two arms", make=Mine, scenario=WORLD,
+            arms={"new": Arm(), "old": Arm(system="fedavg")}, claims=(better,),
+            small=Budget(seeds=1, arms=arms), full=Budget(seeds=1),
+        )  # fmt: skip
+
+    card("old", "new", scale="any")
+    with pytest.raises(UsageError, match="leaves out"):
+        card("new", scale="any")
+    with pytest.raises(UsageError, match="runs arm 'odl'"):
+        card("odl")
+    card("new")
+
+
+def test_arms_that_a_budget_leaves_out_do_not_run(catalogue: Path) -> None:
+    file = catalogue / "fakes" / "alpha.py"
+    text = file.read_text().replace("seeds=2,", 'seeds=2, arms=("alpha",),')
+    for bound in ("at_least(0.01)", "at_most(1.1)"):
+        text = text.replace(f"holds={bound}", f'holds={bound}, scale="full"')
+    file.write_text(text)
+    small, full = (Experiment.of_system("alpha", word) for word in ("small", "full"))
+    assert (tuple(small.arms), small.left_out) == (("alpha",), ("slow",))
+    assert (tuple(full.arms), full.left_out) == (("alpha", "slow"), ())
+    report = small.run(launcher=fake_launch)
+    assert report.arms == ("alpha",)
+    verdicts = {each.name: each.verdict for each in report.verdicts}
+    assert (verdicts["faster"], verdicts["soon"]) == ("out of scale", "fails")
 
 
 def test_grids_try_every_combination(catalogue: Path) -> None:

@@ -231,10 +231,15 @@ class Plot:
 
 @dataclass(frozen=True)
 class Budget:
-    """How much a reproduction may take: number of seeds, and changes to the scenario."""
+    """How much a reproduction may take: number of seeds, and changes to the scenario.
+
+    arms: those that run, for a budget in which the claims about the others are out of scale; None
+    = all.
+    """
 
     seeds: int = 3
     scenario: Mapping[str, Any] = field(default_factory=dict)
+    arms: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.seeds < 1:
@@ -291,6 +296,11 @@ class System:
                     f"system {self.name}: plot {plot.title!r} draws arm {arm!r}; "
                     f"{near(arm, self.all_arms())}"
                 )
+        for arm in (*(self.small.arms or ()), *(self.full.arms or ())):
+            if arm not in self.all_arms():
+                raise UsageError(
+                    f"system {self.name}: a budget runs arm {arm!r}; {near(arm, self.all_arms())}"
+                )
         for claim in self.claims:
             if claim.compare is None:
                 continue
@@ -299,6 +309,11 @@ class System:
                     raise UsageError(
                         f"system {self.name}: claim {claim.name} compares arm {arm!r}; "
                         f"{near(arm, self.all_arms())}"
+                    )
+                if claim.scale != "full" and arm not in (self.small.arms or self.all_arms()):
+                    raise UsageError(
+                        f"system {self.name}: claim {claim.name} compares arm {arm!r}, which the "
+                        "small budget leaves out (run it there, or set scale='full')"
                     )
 
     def all_arms(self) -> Mapping[str, Arm]:

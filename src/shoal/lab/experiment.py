@@ -46,6 +46,7 @@ class Experiment:
     seeds: a count (from the scenario's seed upwards) or the seeds themselves.
     overrides: settings of the scenario or of what the arms make, for every arm; `arm.key` for one.
     grid: key -> values; every combination is tried in every arm. budget: what claims are held to.
+    left_out: arms that claims, plots and charts may name although they do not run.
 
     >>> world = Scenario(peers=4, rounds=2, task="digits", topology="ring")
     >>> report = Experiment({"ring": "dpsgd", "nobody": "local-only"}, world, seeds=2).run()
@@ -64,6 +65,7 @@ class Experiment:
     plots: tuple[Plot, ...] = ()
     charts: tuple[Chart, ...] = ()
     changes: Mapping[str, Any] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
     overrides: Mapping[str, Any] = field(default_factory=dict)
     grid: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
 
@@ -83,8 +85,11 @@ class Experiment:
         share = card.budget(budget)
         scenario = scenario_of(name)
         first = scenario.seed if seed is None else seed
+        arms = dict(card.all_arms())
+        chosen = arms if share.arms is None else {name: arms[name] for name in share.arms}
         return cls(
-            arms=card.all_arms(),
+            arms=chosen,
+            left_out=tuple(name for name in arms if name not in chosen),
             scenario=scenario,
             seeds=tuple(range(first, first + share.seeds)),
             title=card.title,

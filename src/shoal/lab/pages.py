@@ -214,6 +214,8 @@ def _scenario(card: CardText, system: System) -> list[str]:
         text = f"{budget.seeds} seed{'s' if budget.seeds != 1 else ''}"
         if budget.scenario:
             text += f", {_plain(budget.scenario)}"
+        if budget.arms is not None:
+            text += f", arms {', '.join(budget.arms)}"
         budgets.append(f"{word}: {text}")
     return (
         [*lines, f"Budgets of `shoal reproduce`: {'; '.join(budgets)}.", ""]

@@ -81,7 +81,7 @@ class Report:
         seeds = experiment.seed_list()
         runs = {(o.cell.arm, o.cell.seed): o.run for o in outcomes if o.run is not None}
         worlds = {(o.cell.arm, o.cell.seed): o.cell.scenario for o in outcomes}
-        rows = Rows(runs, arms, seeds, worlds)
+        rows = Rows(runs, (*arms, *experiment.left_out), seeds, worlds)
         return cls(
             title=experiment.title or experiment.scenario.name or "experiment",
             system=experiment.system,
