@@ -261,6 +261,14 @@ SYSTEM = System(
         "the first pass of AFA-CS does not wait for a worker when another one has returned 20 "
         "times",
     ),
-    small=Budget(seeds=1, scenario={"rounds": 100}),
+    small=Budget(
+        seeds=1, scenario={"rounds": 100},
+        arms=(
+            "cd_5", "cd_10", "cs_1", "cs_5", "cs_10", "fedavg_1", "fedavg_5", "fedavg_10",
+            "cd_5_mlp", "cd_10_mlp", "cs_1_mlp", "cs_5_mlp", "cs_10_mlp", "fedavg_1_mlp",
+            "fedavg_5_mlp", "fedavg_10_mlp", "cd_biased", "cs_biased", "effort", "effort_sum",
+            "m1", "m8",
+        ),
+    ),
     full=Budget(seeds=3),
 )  # fmt: skip

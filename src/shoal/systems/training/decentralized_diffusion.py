@@ -315,6 +315,9 @@ SYSTEM = System(
         "classifier-free guidance and distillation into one model are left out: the networks are "
         "not told the class",
     ),
-    small=Budget(seeds=1, scenario={"rounds": 4}),
+    small=Budget(
+        seeds=1, scenario={"rounds": 4},
+        arms=("ddm", "monolith", "lost", "digits ddm", "digits monolith", "synchronous"),
+    ),
     full=Budget(seeds=3),
 )  # fmt: skip

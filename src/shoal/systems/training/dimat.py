@@ -372,6 +372,10 @@ SYSTEM = System(
         "momentum starts anew after each merge",
         "SGP and CGA are not among the baselines",
     ),
-    small=Budget(seeds=1, scenario={"rounds": 4}),
+    small=Budget(
+        seeds=1,
+        scenario={"rounds": 4},
+        arms=("complete dimat", "complete wa", "ring dimat", "ring wa"),
+    ),
     full=Budget(seeds=3),
 )

@@ -172,6 +172,10 @@ SYSTEM = System(
         "FedNova equals FedAvg here, as all clients take equal steps; SCAFFOLD and MOON on virtual "
         "images and the membership-inference check are not part of the comparison.",
     ),
-    small=Budget(seeds=1, scenario={"rounds": 6}),
+    small=Budget(
+        seeds=1,
+        scenario={"rounds": 6},
+        arms=("fedlgd", "fedavg virtual", "fedavg real"),
+    ),
     full=Budget(seeds=3),
 )
