@@ -192,7 +192,7 @@ def _compared(tiny: bool, note: Note) -> Iterator[Row]:
         wall_s = watch.wall_s
         cells = len(report.arms) * len(report.seeds)
         missing = cells - sum(
-            report.cell(arm, seed).error is None for arm in report.arms for seed in report.seeds
+            not report.cell(arm, seed).error for arm in report.arms for seed in report.seeds
         )
         yield Row.of(
             f"compare {len(arms)} strategies x {len(report.seeds)} seeds{label}, wall", wall_s, "s",
