@@ -7,6 +7,8 @@ the way for real.
 from __future__ import annotations
 
 import socket
+from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from shoal.base.errors import UsageError
@@ -21,6 +23,33 @@ _READS = 64
 """Datagrams taken from one socket before the others get their turn."""
 _MOST_BYTES = 65536
 _ATTEMPTS = 16
+_CARRIED = b"ShQu"
+"""Before each packet of a connection (`LiveSettings.carriers`); no program sees one."""
+
+
+class Passage:
+    """The packets of one connection over an open socket, to one place and from there.
+
+    take: called with each packet. lost: called when the socket is closed.
+    """
+
+    def __init__(self, datagrams: Datagrams, opened: Socket, place: Endpoint) -> None:
+        self.place = place
+        self.take: Callable[[bytes], None] = lambda data: None
+        self.lost: Callable[[], None] = lambda: None
+        self.closed = False
+        self._opened = opened
+        self._datagrams = datagrams
+
+    def send(self, data: bytes) -> None:
+        """At once; what the operating system does not take is lost, as on the way."""
+        if not self.closed:
+            self._datagrams.pass_on(self._opened, _CARRIED + data, self.place)
+
+    def close(self) -> None:
+        if not self.closed:
+            self.closed = True
+            self._datagrams.forget(self._opened, self.place)
 
 
 def _pair(host: str, port: int) -> tuple[socket.socket, socket.socket | None]:
@@ -53,6 +82,22 @@ class Datagrams:
         self._udp: dict[Socket, socket.socket] = {}
         self._held: dict[Socket, socket.socket] = {}
         self._peers: dict[Endpoint, int] = {}
+        self._passages: dict[tuple[Socket, Endpoint], Passage] = {}
+        self._carries = "quic" in driver.plan.settings.carriers
+
+    def passage(self, opened: Socket, place: Endpoint) -> Passage | None:
+        """A way for packets of a connection; None while there is one to that place."""
+        if opened not in self._udp or (opened, place) in self._passages:
+            return None
+        made = self._passages[opened, place] = Passage(self, opened, place)
+        return made
+
+    def pass_on(self, opened: Socket, data: bytes, to: Endpoint) -> None:
+        with suppress(OSError):
+            self._udp[opened].sendto(data, to)
+
+    def forget(self, opened: Socket, place: Endpoint) -> None:
+        self._passages.pop((opened, place), None)
 
     def bind(self, opened: Socket, port: int) -> Endpoint:
         """Open a port; it is read from the next turn of the loop on."""
@@ -68,7 +113,7 @@ class Datagrams:
         if held is not None:
             self._held[opened] = held
         self._peers[local] = opened.runtime.id
-        driver.loop.add_reader(udp, self._read, opened, udp)
+        driver.loop.add_reader(udp, self._read, opened)
         return local
 
     def emit(self, opened: Socket, data: bytes, to: Endpoint) -> None:
@@ -94,6 +139,9 @@ class Datagrams:
         return None
 
     def unbind(self, opened: Socket) -> None:
+        for passage in [p for (by, _), p in self._passages.items() if by is opened]:
+            passage.lost()
+            passage.close()
         udp = self._udp.pop(opened)
         if (held := self._held.pop(opened, None)) is not None:
             held.close()
@@ -101,8 +149,8 @@ class Datagrams:
         self._driver.loop.remove_reader(udp)
         udp.close()
 
-    def _read(self, opened: Socket, udp: socket.socket) -> None:
-        driver = self._driver
+    def _read(self, opened: Socket) -> None:
+        driver, udp = self._driver, self._udp[opened]
         for _ in range(_READS):
             if opened.closed:
                 return
@@ -112,6 +160,11 @@ class Datagrams:
                 break
             except OSError:
                 # The report of an earlier packet that reached nobody.
+                continue
+            if self._carries and data.startswith(_CARRIED):
+                passage = self._passages.get((opened, Endpoint(*source[:2])))
+                if passage is not None:
+                    passage.take(data[len(_CARRIED) :])
                 continue
             driver.events += 1
             driver.result.messages_delivered += 1

@@ -72,7 +72,7 @@ class Driver:
         self.delivery = Delivery(self)
         self.transmit = self.delivery.transmit
         self.flush = self.delivery.flush
-        datagrams = Datagrams(self)
+        datagrams = self.datagrams = Datagrams(self)
         self.bind = datagrams.bind
         self.emit = datagrams.emit
         self.unbind = datagrams.unbind

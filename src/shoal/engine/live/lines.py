@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from shoal.base.errors import HandshakeError
 from shoal.engine.live import introduction
 from shoal.engine.live.control import Address
+from shoal.engine.live.datagrams import Passage
 from shoal.engine.live.introduction import ANSWER, CALL, ERRORS, LINE, RESERVE, Called, Ring
 from shoal.engine.live.line import PIECE_BYTES, Line, Pipe, piped, tuned
 from shoal.engine.live.punch import Punch
@@ -99,10 +100,13 @@ class Lines:
         line = self._lines.get(to)
         return line is not None and line.alive and line.direct
 
-    def punch(self, to: int, port: int, place: Address) -> Wait:
+    def punch(self, to: int, port: int, place: Address, passage: Passage | None = None) -> Wait:
+        """passage: of the datagrams of this port, if a connection may go over them."""
         wait = Wait(self._transport.owner.ready)
-        punch = Punch(self._transport, to, port, wait)
-        self._start(self._punched(punch, place))
+        punch = Punch(self._transport, to, port, wait, passage)
+        # Only a connection over this passage takes it.
+        taken = passage is None and "quic" in self._transport.settings.carriers
+        self._start(self._punched(punch, place, taken and self.direct(to)))
         return wait
 
     def called(self, to: int) -> None:
@@ -358,7 +362,10 @@ class Lines:
         finally:
             self._left.discard(to)
 
-    async def _punched(self, punch: Punch, place: Address) -> None:
+    async def _punched(self, punch: Punch, place: Address, stands: bool) -> None:
+        if stands:
+            self._resolve(punch.wait)
+            return
         pipe = await punch.run(place)
         if pipe is not None:
             opener = min(self._transport.peer, punch.to)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from shoal.engine.live import introduction
 from shoal.engine.live.control import Address
+from shoal.engine.live.datagrams import Passage
 from shoal.engine.live.introduction import ERRORS, LINE
 from shoal.engine.live.line import Pipe, piped, shared, tuned
 from shoal.kernel.waits import Wait
@@ -24,23 +25,40 @@ _AGAIN_S = 0.2
 _LOOK_S = 0.005
 
 
-class Punch:
-    """One attempt to reach `to` from a port; it ends when the wait does."""
+def _dropped(connection: socket.socket | Pipe) -> None:
+    if isinstance(connection, tuple):
+        connection[1].transport.abort()
+    else:
+        connection.close()
 
-    def __init__(self, transport: Transport, to: int, port: int, wait: Wait) -> None:
+
+class Punch:
+    """One attempt to reach `to` from a port; it ends when the wait does.
+
+    passage: for a connection over the datagrams of this port, beside those of TCP (`settings`).
+    """
+
+    def __init__(
+        self, transport: Transport, to: int, port: int, wait: Wait, passage: Passage | None
+    ) -> None:
         self.to = to
         self.wait = wait
         self._transport = transport
         self._port = port
-        self._found: list[socket.socket] = []
+        self._passage = passage
+        self._carrier: asyncio.Transport | None = None
+        self._found: list[socket.socket | Pipe] = []
         self._tries: set[asyncio.Task[None]] = set()
         self._saying_yes = False
         self._agreed: Pipe | None = None
 
     async def run(self, place: Address) -> Pipe | None:
         """The connection, introduced; None when the time is over."""
-        loop = self._transport.loop
-        dialling = [loop.create_task(self._dial(place)), loop.create_task(self._listen())]
+        loop, dialling = self._transport.loop, list[asyncio.Task[None]]()
+        if "tcp" in self._transport.settings.carriers:
+            dialling += [loop.create_task(self._dial(place)), loop.create_task(self._listen())]
+        if self._passage is not None:
+            dialling.append(loop.create_task(self._pass(self._passage)))
         try:
             while not self.wait.done and self._agreed is None:
                 # One that leads nowhere must not keep this from another that does.
@@ -56,7 +74,13 @@ class Punch:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             for connection in self._found:
-                connection.close()
+                _dropped(connection)
+            if self._carrier is not None and (
+                self._agreed is None or self._agreed[1].transport is not self._carrier
+            ):
+                self._carrier.abort()
+            elif self._carrier is None and self._passage is not None:
+                self._passage.close()
 
     async def _dial(self, place: Address) -> None:
         """Ask for a connection again and again; a firewall may answer with a refusal."""
@@ -81,8 +105,19 @@ class Punch:
                     self._found.append((await self._transport.loop.sock_accept(sock))[0])
             await asyncio.sleep(_AGAIN_S)
 
-    async def _try(self, connection: socket.socket) -> None:
-        pipe = await piped(tuned(connection))
+    async def _pass(self, passage: Passage) -> None:
+        """QUIC over datagrams: both open their boxes, and the one with the lower id calls."""
+        from shoal.engine.live.quic import QuicTransport  # aioquic is an extra.
+
+        caller = self._transport.peer < self.to
+        carrier = QuicTransport(self._transport.loop, passage, caller, self._found.append)
+        self._carrier = carrier
+        while True:
+            carrier.open_filter()
+            await asyncio.sleep(_AGAIN_S)
+
+    async def _try(self, connection: socket.socket | Pipe) -> None:
+        pipe = connection if isinstance(connection, tuple) else await piped(tuned(connection))
         try:
             async with asyncio.timeout(self._transport.settings.handshake_s):
                 if await self._is_taken(pipe) and self._agreed is None:

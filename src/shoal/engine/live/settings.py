@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Literal
 
 from shoal.base.errors import UsageError
@@ -30,6 +31,9 @@ class LiveSettings:
     address_callers: callers that have not greeted yet, per address. backoff_s: the pause after a
     failed connection, doubled with every failure up to backoff_most_s; messages sent during a pause
     are dropped as "dead".
+    carriers: how a connection that both sides open at once may go (`Paths.punch`), tried together:
+    "tcp", and "quic" over the datagrams of the same socket, for boxes that let only those pass. It
+    needs the package aioquic, ends when the socket is closed, and is for both sides to allow.
 
     >>> LiveSettings(horizon_s=30.0).host
     '127.0.0.1'
@@ -53,6 +57,7 @@ class LiveSettings:
     address_callers: int = 128
     backoff_s: float = 0.02
     backoff_most_s: float = 0.5
+    carriers: tuple[Literal["tcp", "quic"], ...] = ("tcp",)
 
     def __post_init__(self) -> None:
         if self.security not in ("noise", "none"):
@@ -87,4 +92,13 @@ class LiveSettings:
             raise UsageError(
                 f"LiveSettings: backoff_most_s={self.backoff_most_s} is less than "
                 f"backoff_s={self.backoff_s} (raise it)"
+            )
+        if not self.carriers or not {"tcp", "quic"}.issuperset(self.carriers):
+            raise UsageError(
+                f'LiveSettings: carriers={self.carriers!r} (use "tcp", "quic" or both, in a tuple)'
+            )
+        if "quic" in self.carriers and find_spec("aioquic") is None:
+            raise UsageError(
+                'LiveSettings: carriers has "quic", which needs the package aioquic '
+                "(pip install 'shoal[quic]', or use carriers=(\"tcp\",))"
             )

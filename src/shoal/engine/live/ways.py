@@ -36,4 +36,6 @@ class Ways:
         return self._lines(runtime).direct(to)
 
     def punch(self, runtime: Runtime, to: int, socket: Socket, place: Endpoint) -> Wait:
-        return self._lines(runtime).punch(to, socket.local.port, place)
+        datagrams, carriers = self._driver.datagrams, self._driver.plan.settings.carriers
+        passage = datagrams.passage(socket, place) if "quic" in carriers else None
+        return self._lines(runtime).punch(to, socket.local.port, place, passage)

@@ -1,0 +1,204 @@
+"""Messages over QUIC on the datagrams of a socket that punched; TCP is switched off."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from test_live_paths import At, Meet, Question, asked, doubles, values, why
+
+from shoal.base.errors import UsageError
+from shoal.base.ids import PeerId
+from shoal.engine.live import LiveSettings, introduction, run_live
+from shoal.engine.live import settings as settings_module
+from shoal.engine.live.quic import QuicTransport
+from shoal.kernel.datagrams import Endpoint
+from shoal.wire.identity import Identity
+from shoal.world.network import Network
+
+pytestmark = pytest.mark.live
+SETTINGS = LiveSettings(horizon_s=50.0, carriers=("quic",))
+
+
+def over_quic(peer: Any, other: int) -> bool:
+    line = peer.host.transports[peer.id].lines._lines.get(other)
+    return line is not None and isinstance(line._writer.transport, QuicTransport)
+
+
+@dataclass(frozen=True)
+class Straight(Meet):
+    """Both sides ask over the path; what carries it is recorded."""
+
+    direct: bool = True
+    until_s: float = 6.0
+
+    async def run(self, peer: Any) -> None:
+        peer.serve(Question, doubles)
+        if peer.id == 0:
+            peer.paths.serve(self.limits)
+            await peer.sleep_until(self.until_s)
+            return
+        other, socket = PeerId(3 - peer.id), peer.datagrams.open()
+        assert await peer.paths.reserve(PeerId(0), deadline=3.0)
+        await peer.sleep_until(0.5)
+        peer.paths.through(other, PeerId(0))
+        await peer.send(other, At(*socket.local))
+        told = await peer.recv(At, deadline=4.0)
+        place = Endpoint(told.message.host, told.message.port)
+        peer.record("punched", await peer.paths.punch(other, socket, place, deadline=5.0))
+        peer.record("quic", over_quic(peer, other))
+        await self.then(peer, other, socket, place)
+        await peer.sleep_until(self.until_s)
+
+    async def then(self, peer: Any, other: PeerId, socket: Any, place: Endpoint) -> None:
+        for number, size in enumerate(self.sizes):
+            peer.record("asked", await asked(peer, other, number, size))
+
+
+@pytest.mark.parametrize("security", ["noise", "none"])
+def test_messages_and_large_tensors_go_both_ways(security: Any) -> None:
+    chosen = LiveSettings(horizon_s=50.0, carriers=("quic",), security=security)
+    # A relay that passes on so little could not carry the large ones.
+    run = run_live(Straight(sizes=(4, 1 << 17, 4)), Network(3), settings=chosen)
+    assert values(run, "punched") == values(run, "quic") == [1.0, 1.0], why(run)
+    assert values(run, "asked") == [1.0] * 6, why(run)
+
+
+def test_both_carriers_are_tried_together() -> None:
+    chosen = LiveSettings(horizon_s=50.0, carriers=("tcp", "quic"))
+    run = run_live(Straight(until_s=4.0), Network(3), settings=chosen)
+    assert values(run, "punched") == [1.0, 1.0]
+    assert values(run, "asked") == [1.0] * 6, why(run)
+    first, second = values(run, "quic")
+    assert first == second
+
+
+@dataclass(frozen=True)
+class Flood(Straight):
+    """A peer sends much at once; how late are its heartbeats?"""
+
+    bytes_each: int = 1 << 21
+    until_s: float = 9.0
+
+    async def then(self, peer: Any, other: PeerId, socket: Any, place: Endpoint) -> None:
+        if peer.id == 2:
+            return
+        size = self.bytes_each // 4
+        async with peer.tasks() as group:
+            for number in range(3):
+                group.start(self._large(peer, other, number, size))
+            for _ in range(10):
+                began_s = peer.now()
+                assert await asked(peer, other, 9, 4)
+                peer.record("small", peer.now() - began_s)
+
+    async def _large(self, peer: Any, other: PeerId, number: int, size: int) -> None:
+        began_s = peer.now()
+        peer.record("large", await asked(peer, other, number, size, wait_s=9.0))
+        peer.record("took", peer.now() - began_s)
+
+
+def test_a_flood_does_not_hold_up_what_is_small() -> None:
+    """Small questions are answered while what is large is on its way, and memory stays bounded."""
+    run = run_live(Flood(), Network(3), settings=SETTINGS)
+    assert values(run, "quic") == [1.0, 1.0], why(run)
+    assert values(run, "large") == [1.0] * 3, why(run)
+    small = sorted(values(run, "small"))
+    # Both are held up alike by a machine that is busy.
+    assert small[5] < min(values(run, "took")) / 4, (small, values(run, "took"))
+
+
+def test_who_is_not_who_was_meant_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Peer 2 signs with another key than peer 2's: QUIC comes up, and no line."""
+    plain, forged_by = introduction._say, list[int]()
+
+    async def forged(transport: Any, *rest: Any) -> None:
+        forges = transport.peer == 2 and isinstance(rest[0][1].transport, QuicTransport)
+        if forges:
+            forged_by.append(transport.peer)
+        signs: Any = _Signs(transport) if forges else transport
+        await plain(signs, *rest)
+
+    monkeypatch.setattr(introduction, "_say", forged)
+    run = run_live(Straight(sizes=(), until_s=6.5), Network(3), settings=SETTINGS)
+    assert forged_by
+    assert [row.value for row in run.series("punched") if row.peer == 1] == [0.0], why(run)
+
+
+class _Signs:
+    """Claims to be the transport's peer, with its public key, and signs with another one."""
+
+    def __init__(self, transport: Any) -> None:
+        self.peer, self.digest = transport.peer, transport.digest
+        own, other = transport.credentials.identity, Identity.from_seed(b"x" * 32)
+        self.credentials = SimpleNamespace(
+            identity=SimpleNamespace(public=own.public, sign=other.sign)
+        )
+
+
+def test_a_line_that_breaks_leaves_the_relay_and_is_opened_again() -> None:
+    run = run_live(Again(sizes=(), until_s=9.0), Network(3), settings=SETTINGS)
+    assert values(run, "asked") == [1.0, 1.0, 1.0], why(run)
+    assert values(run, "relayed") == [1.0]
+    assert values(run, "again") == [1.0, 1.0]
+
+
+@dataclass(frozen=True)
+class Again(Straight):
+    """The line is cut on one side; then both open another one over the same sockets."""
+
+    async def then(self, peer: Any, other: PeerId, socket: Any, place: Endpoint) -> None:
+        lines = peer.host.transports[peer.id].lines
+        if peer.id == 1:
+            peer.record("asked", await asked(peer, other, 1))
+            lines._lines[other].close()
+            await peer.sleep_until(peer.now() + 0.3)
+            peer.record("asked", await asked(peer, other, 2))
+            peer.record("relayed", not lines._lines[other].direct)
+            await peer.send(other, At("again", 1))
+        else:
+            await peer.recv(At, deadline=peer.now() + 5.0)
+        found = await peer.paths.punch(other, socket, place, deadline=peer.now() + 3.0)
+        peer.record("again", found and over_quic(peer, other))
+        if peer.id == 1:
+            peer.record("asked", await asked(peer, other, 3, 1 << 16))
+
+
+def test_a_second_punch_finds_the_line_that_stands() -> None:
+    run = run_live(Twice(sizes=(), until_s=3.0), Network(3), settings=SETTINGS)
+    assert values(run, "twice") == [1.0, 1.0]
+
+
+@dataclass(frozen=True)
+class Twice(Straight):
+    async def then(self, peer: Any, other: PeerId, socket: Any, place: Endpoint) -> None:
+        found = await peer.paths.punch(other, socket, place, deadline=peer.now() + 0.5)
+        peer.record("twice", found)
+
+
+def test_closing_the_socket_ends_the_line() -> None:
+    run = run_live(Closes(sizes=(), until_s=4.0), Network(3), settings=SETTINGS)
+    assert values(run, "direct") == [0.0, 0.0]
+    assert values(run, "asked") == [1.0], why(run)
+
+
+@dataclass(frozen=True)
+class Closes(Straight):
+    async def then(self, peer: Any, other: PeerId, socket: Any, place: Endpoint) -> None:
+        if peer.id == 1:
+            socket.close()
+        await peer.sleep_until(peer.now() + 0.5)
+        peer.record("direct", peer.paths.direct(other))
+        if peer.id == 1:
+            peer.record("asked", await asked(peer, other, 1))
+
+
+def test_without_the_package_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(settings_module, "find_spec", lambda name: None)
+    with pytest.raises(UsageError, match=r"shoal\[quic\]"):
+        LiveSettings(carriers=("quic",))
+    LiveSettings()
+    with pytest.raises(UsageError, match="carriers="):
+        LiveSettings(carriers=())
