@@ -14,13 +14,13 @@ from shoal.world.network import Network
 
 
 def main(peer: int, plan: Path, result: Path) -> None:
-    program, hosts, port = pickle.loads(plan.read_bytes())
+    program, hosts, port, carriers = pickle.loads(plan.read_bytes())
     assert isinstance(program, Cross)
     joining = Joining(
         listen=(hosts[peer], port), peer=peer, identity=key(peer),
         bootstrap=() if peer == 0 else ((hosts[0], port),),
     )  # fmt: skip
-    settings = LiveSettings(horizon_s=program.until_s + 5.0)
+    settings = LiveSettings(horizon_s=program.until_s + 5.0, carriers=carriers)
     run = join_live(program, Network(len(hosts)), joining, settings=settings)
     result.write_bytes(pickle.dumps((run.rows, run.dropped)))
 

@@ -30,11 +30,13 @@ DIRECT = {(3, 4), (2, 4), (3, 2), (5, 2), (2, 6)}
 PORT = 7100
 
 
-def in_namespaces(program: Cross, kinds: tuple[str, ...], folder: Path) -> list[Run]:
+def in_namespaces(
+    program: Cross, kinds: tuple[str, ...], folder: Path, carriers: tuple[str, ...] = ("tcp",)
+) -> list[Run]:
     """The program by one process per peer, each in its network."""
     with world(*kinds) as made:
         plan = folder / "plan"
-        plan.write_bytes(pickle.dumps((program, [lan.host for lan in made.lans], PORT)))
+        plan.write_bytes(pickle.dumps((program, [lan.host for lan in made.lans], PORT, carriers)))
         here = Path(__file__).parent
         script, paths = here / "namespace_peer.py", [str(here), *sys.path]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
@@ -80,3 +82,16 @@ def test_the_kernel_s_nat_lets_meet_whom_the_model_lets_meet(tmp_path: Path) -> 
     assert paths == {call: call in DIRECT for turn in TURNS for call in turn}
     assert all(v for (name, _, _), v in expected.items() if name in ("answered", "asked back"))
     assert outcomes(*real) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_quic_passes_the_kernel_s_nat_where_punches_do(tmp_path: Path) -> None:
+    kinds = (PUBLIC, PUBLIC, "port-restricted", "port-restricted", "symmetric")
+    program = Cross(("203.0.113.10", "203.0.113.11"), (((2, 3),), ((3, 4),)))
+    real = outcomes(*in_namespaces(program, kinds, tmp_path, ("quic",)))
+    for (caller, called), meets in {(2, 3): True, (3, 4): False}.items():
+        assert real["path", caller, str(called)] == meets
+        assert real["messages", caller, str(called)] == meets
+        assert real["answered", caller, str(called)] == 1
+        assert real["asked back", called, str(caller)] == 1
