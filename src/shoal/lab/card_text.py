@@ -6,6 +6,7 @@ import ast
 import re
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -189,16 +190,37 @@ def _formula(node: ast.expr | None, forms: dict[str, str]) -> str:
 
 
 def _settings(tree: ast.Module, make: ast.expr | None) -> tuple[tuple[str, str], ...]:
-    """Fields with defaults of the dataclass that `make` names, if this module defines it."""
+    """Fields of the dataclass that `make` names, if this module defines it; inherited ones last."""
     if not isinstance(make, ast.Name):
         return ()
+    return tuple(_fields(tree, make.id).items())
+
+
+def _fields(tree: ast.Module, name: str) -> dict[str, str]:
+    """Name -> default of a class that this module defines."""
+    found: dict[str, str] = {}
     for node in tree.body:
-        if isinstance(node, ast.ClassDef) and node.name == make.id:
-            return tuple(
-                (item.target.id, ast.unparse(item.value) if item.value else "required")
-                for item in node.body
-                if isinstance(item, ast.AnnAssign)
-                and isinstance(item.target, ast.Name)
-                and "ClassVar" not in ast.unparse(item.annotation)
-            )
-    return ()
+        if not isinstance(node, ast.ClassDef) or node.name != name:
+            continue
+        for item in node.body:
+            if not isinstance(item, ast.AnnAssign) or not isinstance(item.target, ast.Name):
+                continue
+            if "ClassVar" not in ast.unparse(item.annotation):
+                found[item.target.id] = ast.unparse(item.value) if item.value else "required"
+        for base in node.bases:
+            if isinstance(base, ast.Name):
+                for key, default in _inherited(tree, base.id).items():
+                    found.setdefault(key, default)
+    return found
+
+
+def _inherited(tree: ast.Module, name: str) -> dict[str, str]:
+    """Fields of a base class, here or in the module that it is imported from."""
+    for node in tree.body:
+        if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            for alias in node.names:
+                spec = find_spec(node.module) if (alias.asname or alias.name) == name else None
+                if spec is not None and spec.origin is not None and spec.origin.endswith(".py"):
+                    text = Path(spec.origin).read_text(encoding="utf-8")
+                    return _fields(ast.parse(text), alias.name)
+    return _fields(tree, name)

@@ -23,13 +23,12 @@ from shoal.base.errors import UsageError
 from shoal.lab.card import Source, System
 from shoal.parts.asynchronous import audit
 from shoal.parts.asynchronous.buffered import weighted_sum
-from shoal.parts.asynchronous.learning import Learning, Terms
-from shoal.parts.asynchronous.local import Displacement
+from shoal.parts.asynchronous.learning import Learning
 from shoal.parts.asynchronous.participation import Habits
 from shoal.parts.asynchronous.rule import Action, Advance, Course, Delta, Moment, Send
 from shoal.parts.asynchronous.schedule import shares_of
+from shoal.parts.asynchronous.settings import ServerSettings
 from shoal.parts.asynchronous.staleness import Staleness
-from shoal.parts.optimise.sgd import SGD
 from shoal.rounds.workload import Workload
 from shoal.tensor.types import Index, Vector, Weight
 
@@ -117,11 +116,10 @@ class EachReturnCourse(Course):
 
 
 @dataclass(frozen=True)
-class AsyncFedAvg:
+class AsyncFedAvg(ServerSettings):
     """A client makes `steps` local steps of SGD, and its work is a version at once.
 
-    server_lr multiplies the weights; importances: of clients in ascending order, sum 1 (none =
-    equal). lr, momentum, batch_size: local. patience_s, give_up_s: see `Terms`.
+    server_lr multiplies the weights. The others: see `ServerSettings`.
 
     Assumes that the weights' large steps are stable: lower `server_lr` where slow clients make the
     loss jump. Raises UsageError for settings that no run could use.
@@ -129,25 +127,14 @@ class AsyncFedAvg:
 
     weighting: str = "unbiased"
     server_lr: float = 1.0
-    importances: tuple[float, ...] = ()
-    lr: float = 0.1
     steps: int = 10
-    momentum: float = 0.0
-    batch_size: int = 32
-    patience_s: float = 5.0
-    give_up_s: float = 600.0
-
-    def __post_init__(self) -> None:
-        self.rule()
 
     def rule(self) -> EachReturnRule:
         return EachReturnRule(self.weighting, self.server_lr, self.importances)
 
     def bind(self, workload: Workload) -> Learning:
         """The program for a task."""
-        terms = Terms(patience_s=self.patience_s, give_up_s=self.give_up_s, ties=True)
-        work = Displacement(SGD(self.lr, momentum=self.momentum), self.batch_size)
-        return Learning(workload, self.rule(), work, Habits(low=self.steps), terms=terms)
+        return self.learning(workload, Habits(low=self.steps), ties=True)
 
 
 INVARIANTS = audit.INVARIANTS

@@ -19,24 +19,22 @@ from shoal.lab.card import Arm, Budget, Claim, Source, System, at_least, at_most
 from shoal.lab.chart import Chart
 from shoal.parts.asynchronous import audit
 from shoal.parts.asynchronous.compass import CompassSettings
-from shoal.parts.asynchronous.learning import Learning, Terms
-from shoal.parts.asynchronous.local import Displacement
+from shoal.parts.asynchronous.learning import Learning
+from shoal.parts.asynchronous.settings import ServerSettings
 from shoal.parts.asynchronous.staleness import Staleness
-from shoal.parts.optimise.sgd import SGD
 from shoal.rounds.workload import Workload
 from shoal.systems.training import _fedcompass_claims as measured
 from shoal.systems.training._fedcompass_rule import CompassRule
 
 
 @dataclass(frozen=True)
-class FedCompass:
+class FedCompass(ServerSettings):
     """Semi-asynchronous learning under the COMPASS scheduler; clients make SGD steps.
 
     min_steps, max_steps, latest_factor, speed_momentum, first_steps: see `CompassSettings`.
     alpha: how far the server goes along the weighted sum of displacements; exponent: a work of
-    staleness s counts (s + 1) ** -exponent. importances: of clients in ascending order, sum 1 (none
-    = equal). server_momentum: the variant +M; normalise: the variant +N, which counts works per
-    step. lr, momentum, batch_size: local. patience_s, give_up_s: see `Terms`.
+    staleness s counts (s + 1) ** -exponent. server_momentum: the variant +M; normalise: the variant
+    +N, which counts works per step. The others: see `ServerSettings`.
 
     Assumes that a client's speed changes little from one work to the next. Speeds are measured from
     sending to return, so where messages take long against steps, few steps look slow. Raises
@@ -53,17 +51,8 @@ class FedCompass:
     first_steps: int | None = None
     alpha: float = 0.9
     exponent: float = 0.5
-    importances: tuple[float, ...] = ()
     server_momentum: float = 0.0
     normalise: bool = False
-    lr: float = 0.1
-    momentum: float = 0.0
-    batch_size: int = 32
-    patience_s: float = 5.0
-    give_up_s: float = 600.0
-
-    def __post_init__(self) -> None:
-        self.rule()
 
     def rule(self) -> CompassRule:
         compass = CompassSettings(
@@ -77,9 +66,7 @@ class FedCompass:
 
     def bind(self, workload: Workload) -> Learning:
         """The program for a task."""
-        terms = Terms(patience_s=self.patience_s, give_up_s=self.give_up_s)
-        work = Displacement(SGD(self.lr, momentum=self.momentum), self.batch_size)
-        return Learning(workload, self.rule(), work, terms=terms)
+        return self.learning(workload)
 
 
 INVARIANTS = audit.INVARIANTS
@@ -137,10 +124,15 @@ SYSTEM = System(
         Claim(
             "fedbuff_medians", "Median time to 90% accuracy at most 1.15 times FedBuff's median",
             holds=at_most(1.15), measure=measured.over_fedbuff_medians, scale="full",
+            expected="fails",
+            reason="1.46: with three works a version FedBuff's fast clients make versions from the "
+            "first seconds on, of 20 steps each, while FedCompass must measure speeds first and "
+            "then gives fast clients longer works; it ends 0.8 points above FedBuff (0.933, 0.925)",
         ),
         Claim(
             "fedbuff_paired", "The same seed by seed, the median of the ratios",
             holds=at_most(1.15), measure=measured.over_fedbuff, scale="full",
+            expected="fails", reason="1.48 (1.19 to 2.25), for the same cause",
         ),
         Claim(
             "fresher", "Works are at most half as many versions old as with FedAsync",

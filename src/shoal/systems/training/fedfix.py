@@ -20,23 +20,20 @@ from dataclasses import dataclass
 from shoal.lab.card import Arm, Budget, Claim, Source, System, at_least, at_most
 from shoal.lab.chart import Chart
 from shoal.parts.asynchronous import audit
-from shoal.parts.asynchronous.learning import Learning, Terms
-from shoal.parts.asynchronous.local import Displacement
+from shoal.parts.asynchronous.learning import Learning
 from shoal.parts.asynchronous.participation import Habits
-from shoal.parts.optimise.sgd import SGD
+from shoal.parts.asynchronous.settings import ServerSettings
 from shoal.rounds.workload import Workload
 from shoal.systems.training import _fedfix_claims as measured
 from shoal.systems.training._fedfix_rule import FixedTimesRule
 
 
 @dataclass(frozen=True)
-class FedFix:
+class FedFix(ServerSettings):
     """A version every `period_s` seconds; clients make `steps` local steps of SGD.
 
-    server_lr multiplies the weights; importances: of clients in ascending order, sum 1 (none =
-    equal). most_periods: a work counts for that many periods at most, so that a client that was
-    away for long makes no leap. lr, momentum, batch_size: local. patience_s, give_up_s: see
-    `Terms`.
+    server_lr multiplies the weights; most_periods: a work counts for that many periods at most, so
+    that a client that was away for long makes no leap. The others: see `ServerSettings`.
 
     Assumes that the server's clock is the one that instants are counted on. Raises UsageError for
     settings that no run could use.
@@ -49,26 +46,15 @@ class FedFix:
 
     period_s: float = 0.5
     server_lr: float = 1.0
-    importances: tuple[float, ...] = ()
     most_periods: int = 100
-    lr: float = 0.1
     steps: int = 10
-    momentum: float = 0.0
-    batch_size: int = 32
-    patience_s: float = 5.0
-    give_up_s: float = 600.0
-
-    def __post_init__(self) -> None:
-        self.rule()
 
     def rule(self) -> FixedTimesRule:
         return FixedTimesRule(self.period_s, self.server_lr, self.importances, self.most_periods)
 
     def bind(self, workload: Workload) -> Learning:
         """The program for a task."""
-        terms = Terms(patience_s=self.patience_s, give_up_s=self.give_up_s, ties=True)
-        work = Displacement(SGD(self.lr, momentum=self.momentum), self.batch_size)
-        return Learning(workload, self.rule(), work, Habits(low=self.steps), terms=terms)
+        return self.learning(workload, Habits(low=self.steps), ties=True)
 
 
 INVARIANTS = audit.INVARIANTS
