@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -163,6 +164,18 @@ def test_flipped_bits_are_found_out_and_change_no_sum(who: int) -> None:
     assert run.finished
     assert complaint(program.log) is None
     assert sum(entry[0] == "done" for entry in program.log) >= 20
+
+
+def test_who_damages_most_of_what_it_sends_is_dropped_and_the_others_go_on() -> None:
+    """Its reports still come now and then, so that silence alone would never tell."""
+    program = Counts(rounds=6, ring=Ring(stall_s=0.5, piece_bytes=64, few=1, checked=True))
+    run = run_group(program, (Corrupt(who=(3,), at=0.5, probability=0.7),), timeout_s=3.0)
+    assert run.finished
+    assert complaint(program.log) is None
+    assert run.series("broken_link")
+    assert [row.value for row in run.series("dropped")] == [3.0]
+    done = Counter(entry[1] for entry in program.log if entry[0] == "done")
+    assert [done[peer] for peer in (1, 2, 4, 5)] == [6] * 4
 
 
 @dataclass(frozen=True)

@@ -457,8 +457,10 @@ class Communicator:
             await self.peer.sleep_until(self.peer.now() + self._heartbeat_s)
 
     async def _listen(self) -> None:
+        heard_s = self.peer.now()
         while True:
-            deadline = self.peer.now() + self._master_timeout_s
+            # A damaged word is none: a link that damages all of them is as good as cut.
+            deadline = heard_s + self._master_timeout_s
             envelope = await self.peer.recv(Ruling, source=self.master, deadline=deadline)
             if envelope is None:
                 self._fail(MasterLost(f"no word from peer {self.master} (connect anew)"))
@@ -466,6 +468,7 @@ class Communicator:
             ruling = envelope.message
             if not sound(ruling):
                 continue
+            heard_s = self.peer.now()
             if ruling.session != self._session or 0 < ruling.number <= self._heard:
                 continue
             if not ruling.known:
@@ -476,6 +479,9 @@ class Communicator:
 
     def _take(self, ruling: Ruling) -> None:
         self._known = True
+        if self._indirect == self.epoch and set(ruling.ring) == set(self.ring):
+            # The same peers in another order: what a pair of them cannot do it still cannot.
+            self._indirect = ruling.epoch
         self.ring, self.everybody, self.epoch = ruling.ring, ruling.world, ruling.epoch
         self._answer = (ruling.turn, ruling.answer, ruling.detail)
         for own in self._operations.values():

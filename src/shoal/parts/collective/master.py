@@ -383,11 +383,12 @@ class State:
                 gave_up |= vote.phase == FAILED
         if not gave_up and all(vote.phase == DONE for vote in votes.values()):
             return self._decide(group, word, alive, COMMITTED)
-        broken = self._broken_link(word, votes)
-        if broken is not None and len(alive) == len(word.ring):
-            self._decide(group, word, alive, ABORTED)
-            self._strike(*broken)
-            return True
+        if len(alive) == len(word.ring):
+            broken = self._broken_link(word, votes) or self._damaging_link(word, votes)
+            if broken is not None:
+                self._decide(group, word, alive, ABORTED)
+                self._strike(*broken)
+                return True
         if gave_up or len(alive) < len(word.ring):
             return self._decide(group, word, alive, ABORTED)
         return False
@@ -405,7 +406,7 @@ class State:
                 self._strikes.pop((ring[place - 1], peer), None)
         return True
 
-    # Links that carry nothing, and waits that lead nowhere.
+    # Links that carry nothing or damaged pieces, and waits that lead nowhere.
 
     @staticmethod
     def _broken_link(word: Word, votes: dict[int, Vote]) -> tuple[int, int] | None:
@@ -416,6 +417,14 @@ class State:
                 here, there = votes[peer], votes[before]
                 if here.stalled and here.phase == INITIATE and there.sent > here.received:
                     return before, peer
+        return None
+
+    @staticmethod
+    def _damaging_link(word: Word, votes: dict[int, Vote]) -> tuple[int, int] | None:
+        """A peer that gave up because its predecessor's pieces came damaged."""
+        for place, peer in enumerate(word.ring):
+            if peer in votes and votes[peer].phase == FAILED:
+                return word.ring[place - 1], peer
         return None
 
     def _strike(self, source: int, target: int) -> None:
@@ -432,7 +441,10 @@ class State:
         ring = [members[place] for place in Tour(starts=2).order(cost)]
         self._reorder(ring)
         unavoidable = any((a, b) in strikes for a, b in zip(ring, ring[1:] + ring[:1], strict=True))
-        if unavoidable and strikes[source, target] >= _STRIKES:
+        if sum(a == source for a, _ in strikes) >= _STRIKES:
+            # Bad towards several others: the fault is not with one of the links.
+            self._drop(source)
+        elif unavoidable and strikes[source, target] >= _STRIKES:
             count = {end: sum(end in link for link in strikes) for end in (source, target)}
             self._drop(source if count[source] > count[target] else target)
 
