@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from importlib.util import find_spec
+from typing import Any
 
 import pytest
 import torch
@@ -67,3 +68,29 @@ def test_two_machines_lower_its_loss_with_a_byte_each() -> None:
     assert losses[-1] < 0.95 * losses[0]
     assert sum(row.value for row in found.series("payload_bytes")) == 2 * 24
     assert torch.equal(found.final[0], found.final[1])
+
+
+@pytest.mark.parametrize(
+    ("arm", "exchange", "rounds_with_models"),
+    [
+        (shoal.Arm(system="diloco", set={"lr": 1e-3, "steps": 4, "batch_size": 4}), None, 6),
+        (
+            shoal.Arm(system="single-merging", set={"lr": 5e-3, "steps": 4, "batch_size": 4}),
+            {"name": "scheduled", "schedule": "merge"}, 1,
+        ),
+    ],
+)  # fmt: skip
+def test_other_methods_lower_its_loss_with_as_many_bytes_as_they_say(
+    arm: shoal.Arm, exchange: dict[str, Any] | None, rounds_with_models: int
+) -> None:
+    world = Scenario(
+        "smollm2", peers=2, rounds=6, eval_every=1, exchange=exchange,
+        task={"name": "smollm2", "layers": 2, "length": 16, "windows": 64, "test_windows": 8},
+        topology={"name": "full"}, links={"name": "links", "latency_s": 0.02},
+    )  # fmt: skip
+    found = shoal.run(arm, world)
+    losses = [row.value for row in found.series("mean_model_loss")]
+    assert losses[-1] < 0.98 * losses[0]
+    model = 4 * 5 * 576
+    assert found.messages_sent == 2 * rounds_with_models
+    assert model <= sum(found.bytes_sent) / found.messages_sent < model + 200
