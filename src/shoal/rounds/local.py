@@ -124,8 +124,9 @@ def draws(task: Task, shard: Shard, key: Key, steps: range, size: int) -> Iterat
     step_bytes = key.numel() * size * getattr(task, "sample_bytes", DRAWN_BYTES)
     ahead = max(1, DRAWN_BYTES // max(1, step_bytes))
     for first in range(0, len(steps), ahead):
-        some = torch.tensor(steps[first : first + ahead], dtype=torch.int64, device=key.device)
-        keys = keyed.fold(key, some.view(-1, *(1,) * key.dim()))
+        some = steps[first : first + ahead]
+        numbers = torch.arange(some.start, some.stop, some.step, device=key.device)
+        keys = keyed.fold(key, numbers.view(-1, *(1,) * key.dim()))
         drawn = task.batch(_repeated(shard, len(some)), keys, size)
         yield from map(Batch, drawn.x, drawn.y, drawn.mask)
 
