@@ -97,6 +97,12 @@ class Method:
                 f"{type(self.strategy).__name__} needs a hub, and {type(self.exchange).__name__} "
                 "has none (set exchange = 'star')"
             )
+        if self.pushes and (self.exchange.hub is not None or len(self.waves(0)) != 1):
+            raise UsageError(
+                f"{type(self.strategy).__name__} pushes shares to equals, once a round; "
+                f"{type(self.exchange).__name__} has a hub or several waves (set exchange = "
+                "'gossip', with steps = 1)"
+            )
         if self.byzantine and self.attack is None:
             raise UsageError("byzantine peers without an attack (name one, or set byzantine to 0)")
         if len(self.byzantine) >= peers:
@@ -112,6 +118,11 @@ class Method:
     def combines(self) -> bool:
         """Whether the strategy takes the aggregator's place."""
         return hasattr(self.strategy, "combine")
+
+    @cached_property
+    def pushes(self) -> bool:
+        """Whether senders divide what they have among those who hear them, themselves included."""
+        return self.combines and bool(getattr(self.strategy, "pushes", False))
 
     @cached_property
     def initial(self) -> Vector:
@@ -185,7 +196,7 @@ class Method:
                 found = last
             else:
                 on = self.working(round)
-                found = tuple(_wave(hop, on, self.exchange.hub) for hop in hops)
+                found = tuple(_wave(hop, on, self.exchange.hub, self.pushes) for hop in hops)
             self._waves[round] = found
             self._waves.pop(round - 8, None)
         return found
@@ -202,7 +213,7 @@ class Method:
         return Cost(flops=2.0 * (sources + 1) * self.task.spec.dim)
 
 
-def _wave(hop: Hop, on: list[bool], hub: int | None) -> Wave:
+def _wave(hop: Hop, on: list[bool], hub: int | None, pushes: bool) -> Wave:
     peers = len(on)
     receivers = list(range(peers)) if hop.receivers is None else hop.receivers.tolist()
     sources: list[tuple[int, ...]] = [()] * peers
@@ -225,6 +236,13 @@ def _wave(hop: Hop, on: list[bool], hub: int | None) -> Wave:
     mixing = None
     if hop.weights is not None and hop.own is not None:
         mixing = torch.cat((hop.own.unsqueeze(-1), hop.weights), -1)
+    if pushes:
+        part = [1.0 / (1 + len(heard)) for heard in targets]
+        rows = [
+            [part[receiver], *(part[s] if s >= 0 else 0.0 for s in sources[receiver])]
+            for receiver in receivers
+        ]
+        mixing = torch.tensor(rows, dtype=torch.float64, device="cpu")
     everyone = torch.ones(hop.sources.shape[-1] + 1, dtype=torch.bool, device="cpu")
     return Wave(
         hop, {receiver: place for place, receiver in enumerate(receivers)}, tuple(sources),
@@ -299,19 +317,22 @@ def adopt_and_work(
 
 
 def weights_of(
-    mask: Mask, mixing: Tensor | None, taught: Tensor | None
+    mask: Mask, mixing: Tensor | None, taught: Tensor | None, pushes: bool = False
 ) -> tuple[Mask, Tensor | None]:
     """Final mask and weights of the rows, own row first: [..., k + 1].
 
     `taught` (the senders' own weights) takes precedence over the exchange's mixing weights; a
     sender with weight 0 has nothing to say and counts as absent. A missing neighbour's mixing
-    weight goes to the own row, which keeps each row's sum at 1.
+    weight goes to the own row, which keeps each row's sum at 1; of shares that were pushed it is
+    lost with the message.
     """
     if taught is not None:
         mask = mask & (taught > 0)
         return mask, torch.where(mask, taught, 0.0)
     if mixing is None:
         return mask, None
+    if pushes:
+        return mask, torch.where(mask, mixing, 0.0)
     lost = torch.where(mask, 0.0, mixing).sum(-1)
     kept = torch.where(mask, mixing, 0.0)
     return mask, torch.cat((kept[..., :1] + lost.unsqueeze(-1), kept[..., 1:]), -1)
@@ -351,8 +372,9 @@ def own_combine(
 ) -> Heard:  # fmt: skip
     """strategy.combine on rows [..., k + 1, dim] and extras [..., k + 1, *]."""
     step = _step(shard, key, method, round, sent=sent)
+    share = weight if method.pushes and weight is not None else shares(mask, weight)
     heard = method.strategy.combine(  # type: ignore[attr-defined]
-        state, rows, mask, shares(mask, weight), extra, step
+        state, rows, mask, share, extra, step
     )
     assert isinstance(heard, Heard)
     return heard
@@ -384,7 +406,7 @@ def conclude(
     """The last hop: combine, then apply. `own` is aggregated, `sent` is the first payload."""
     if method.combines:
         rows = _rows(own, payloads, method)
-        mask, weight = weights_of(mask, mixing, taught)
+        mask, weight = weights_of(mask, mixing, taught, method.pushes)
         names = extras[0] if extras else ()
         extra = {name: torch.stack([each[name] for each in extras], key.dim()) for name in names}
         heard = own_combine(

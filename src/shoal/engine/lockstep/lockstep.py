@@ -454,7 +454,7 @@ class Lockstep:
         if weight is not None:
             taught = torch.cat((weight[mesh.receiver].unsqueeze(-1), weight[mesh.source]), -1)
             taught = taught.to(torch.float64)
-        mask, share = phases.weights_of(mesh.mask, mesh.mixing, taught)
+        mask, share = phases.weights_of(mesh.mask, mesh.mixing, taught, self.shared.pushes)
         hubs = last and mesh.to_hubs
         if last and self.shared.combines:
             return self._own_combine(
