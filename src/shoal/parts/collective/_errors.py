@@ -32,7 +32,14 @@ class TooFewPeers(CollectiveError):
 
 
 class Mismatch(CollectiveError):
-    """Peers called the same operation with different sizes, dtypes, settings or keys."""
+    """Peers called the same operation with different sizes, dtypes, settings or keys.
+
+    peers: those who differ from more than half of them, or all where no half agrees.
+    """
+
+    def __init__(self, text: str, peers: tuple[int, ...] = ()) -> None:
+        super().__init__(text)
+        self.peers = peers
 
 
 class Diverged(CollectiveError):

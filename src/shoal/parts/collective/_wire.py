@@ -62,7 +62,7 @@ class Status:
 class Word:
     """The master's word on one operation of the peer: see STARTED and the others.
 
-    epoch: of the group when this was decided.
+    epoch: of the group when this was decided; differ: of a mismatch, who wants what else than most.
     """
 
     label: int
@@ -71,15 +71,16 @@ class Word:
     state: int
     ring: tuple[int, ...] = ()
     epoch: int = 0
+    differ: tuple[tuple[int, str], ...] = ()
 
 
 @message
 class Ruling:
     """The master to a peer: all that concerns it.
 
-    known: False = the session is none of the master's; accepted: it is in the group. ring: the
-    peers of its group in order; world: peers of all groups; turn, answer, detail: of the last
-    joint call that was answered.
+    known: False = the session is none of the master's; accepted: it is in the group. epoch, ring:
+    how often its group's ring has changed, and its peers in order; world: peers of all groups;
+    turn, answer, detail: of the last joint call that was answered.
     """
 
     session: int

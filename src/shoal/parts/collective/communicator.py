@@ -50,6 +50,7 @@ from shoal.parts.collective.shared_state import (
     SharedState,
     digest,
     encode_offer,
+    read_dissenters,
     read_plan,
 )
 from shoal.wire.message import message
@@ -112,10 +113,10 @@ class _Operation:
 class Communicator:
     """A peer's membership in a group: `async with Communicator(peer, master) as group`.
 
-    master: the peer that runs `Master`; group: collectives and shared state stay within peers of
-    equal number, joint calls are of all. ring: pieces, checksums and patience of reductions.
-    heartbeat_s: how often this peer reports; master_timeout_s: silence of the master after which
-    every call raises MasterLost.
+    master: the peer that runs `Master`; group: collectives, shared state and the order of the ring
+    stay within peers of equal number; other joint calls are of all groups. ring: pieces, checksums
+    and patience of reductions. heartbeat_s: how often this peer reports; master_timeout_s: silence
+    of the master after which every call raises MasterLost.
 
     All accepted peers must make the same joint calls in the same order, and none while one of its
     operations runs. Peers of a group start operations of equal tags in equal order. A failed
@@ -216,15 +217,21 @@ class Communicator:
         return (await self._call("peers_pending")) == b"\x01"
 
     async def optimize_topology(self, probe_bytes: int = 1 << 20) -> None:
-        """Measure what every directed link carries, and order the ring by it."""
-        await self._call("measure")
+        """Measure what every directed link of each group carries, and order its ring by it.
+
+        Of more than 12 peers the order is the best that is found at once; the master looks for a
+        better one afterwards, which the next call adopts if nobody came or went meanwhile.
+        """
+        largest = int.from_bytes(await self._call("measure"), "little")
         ring = self.ring
         rates = []
-        for step in range(1, len(ring)):
+        for step in range(1, largest):
             # Everybody probes another distance at a time and waits for the slowest, so that no
-            # link is measured while its ends are busy with others.
-            target = PeerId(ring[(ring.index(self.peer.id) + step) % len(ring)])
-            rates.append((float(target), await self._rate(target, probe_bytes)))
+            # link is measured while its ends are busy with others. In a smaller group there may be
+            # nothing left to probe, and whoever was lost leaves no group with fewer steps.
+            if step < len(ring):
+                target = PeerId(ring[(ring.index(self.peer.id) + step) % len(ring)])
+                rates.append((float(target), await self._rate(target, probe_bytes)))
             await self._call("measure")
         self.rates = {int(target): rate for target, rate in rates}
         await self._call("measured", np.array(rates, np.float64).tobytes())
@@ -275,7 +282,11 @@ class Communicator:
         if answer == "diverged":
             raise Diverged(f"{name}: other peers wait for something else (call in equal order)")
         if answer == "mismatch":
-            raise Mismatch(f"{name}: peers offer other names, dtypes or shapes (offer the same)")
+            who = read_dissenters(found)
+            raise Mismatch(
+                f"{name}: {_named(who)} other names, dtypes or shapes than the rest offers (offer "
+                "the same)", who,
+            )  # fmt: skip
         if answer == "revision":
             raise RevisionViolation(f"{name}: the revision is not the last agreed one plus one")
         raise SyncFailed(f"{name}: not every peer could fetch the state (update, and try again)")
@@ -303,7 +314,10 @@ class Communicator:
         if tag in self._operations:
             raise PendingOperations(f"all_reduce: tag={tag} is in flight (give each its own tag)")
         serial = self._serials[tag] = self._serials.get(tag, 0) + 1
-        kind = f"{op} {values.dtype} {values.numel()} {quantise} {ring.piece_bytes} {ring.checked}"
+        kind = (
+            f"{op} {values.dtype} {values.numel()} {quantise} {ring.piece_bytes} {ring.few} "
+            f"{ring.checked}"
+        )
         own = self._operations[tag] = _Operation(tag, serial, kind)
         flat = values.view(-1)
         try:
@@ -331,7 +345,9 @@ class Communicator:
         if word.state == DIVERGED:
             raise Diverged(f"all_reduce: tag={tag}: other peers wait for something else")
         if word.state != COMMITTED:
-            raise Mismatch(f"all_reduce: tag={tag}: peers differ from {kind!r} (make them equal)")
+            who = tuple(peer for peer, _ in word.differ)
+            want = "; ".join(f"peer {peer} calls {other!r}" for peer, other in word.differ)
+            raise Mismatch(f"all_reduce: tag={tag}: {want}; this one {kind!r} (call equally)", who)
 
     async def all_reduce_with_retry(
         self, values: Tensor, op: str = "sum", *, tag: int = 0, quantise: Quantised | None = None
@@ -579,6 +595,10 @@ class Communicator:
             return float("inf")
         first, last = (float(each.result().values[0]) for each in asked)
         return last - first
+
+
+def _named(peers: tuple[int, ...]) -> str:
+    return f"peer {peers[0]} has" if len(peers) == 1 else f"peers {peers} have"
 
 
 def _ended(word: Word | None) -> Word | None:

@@ -18,14 +18,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
-import numpy as np
 from msgspec import structs
 
 from shoal.base.errors import UsageError
 from shoal.base.ids import PeerId
 from shoal.base.limits import check_positive
 from shoal.kernel.peer import Peer
+from shoal.kernel.tasks import TaskHandle
+from shoal.parts.collective._divergence import Wait, diverged
+from shoal.parts.collective._links import Link, Strikes, broken_link
+from shoal.parts.collective._orders import Orders
 from shoal.parts.collective._wire import (
     ABORTED,
     COMMITTED,
@@ -43,15 +47,13 @@ from shoal.parts.collective._wire import (
     sealed,
     sound,
 )
-from shoal.parts.collective.shared_state import Election
-from shoal.parts.collective.tour import Tour, link_cost
+from shoal.parts.collective.search import Search
+from shoal.parts.collective.shared_state import Election, dissenters
 
-_AVOID = 1e6
 _PATIENCE = 6.0
 _GROUP_PATIENCE = 3.0
 _FORGET = 0.05
 _GROUP_FORGETS = 0.005
-_STRIKES = 3
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,9 @@ class Master:
     as on machines at full load; stalled_s: how long an
     operation may stand still at some peer before it is aborted even without evidence of the broken
     link; diverged_s: how long peers may wait for different things. linger_s: it ends this long
-    after the last peer has gone, and at end_s at the latest.
+    after the last peer has gone, and at end_s at the latest. search_s: how long a better order is
+    sought in the background after `optimize_topology`, where the quick one may not be the best (0:
+    not at all); what is found is adopted by the next call if nobody came or went.
 
     When its own turn comes late, as on a machine at full load, silence is not held against the
     peers for that time. A crash of the master ends the group: peers raise MasterLost and begin
@@ -80,9 +84,13 @@ class Master:
     diverged_s: float = 60.0
     linger_s: float = 2.0
     end_s: float = float("inf")
+    search_s: float = 30.0
 
     def __post_init__(self) -> None:
-        check_positive("master", self)
+        check_positive("master", self, "heartbeat_s", "timeout_s", "stalled_s", "diverged_s",
+                       "linger_s", "end_s")  # fmt: skip
+        if not self.search_s >= 0:
+            raise UsageError(f"master: search_s={self.search_s}; need seconds, or 0 for no search")
         if self.timeout_s < 2 * self.heartbeat_s:
             raise UsageError(
                 f"master: timeout_s={self.timeout_s} is less than two heartbeats of "
@@ -91,18 +99,31 @@ class Master:
 
     async def run(self, peer: Peer) -> None:
         state = State(self, peer.now(), lambda name, who: peer.record(name, who))
-        tick_s = peer.now() + self.heartbeat_s
-        while not state.over(peer.now()):
-            envelope = await peer.recv(Status, deadline=tick_s)
-            now = peer.now()
-            if envelope is not None and sound(envelope.message):
-                state.heard(int(envelope.source), envelope.message, now)
-            # A deadline is met to the nanosecond only.
-            if envelope is None or now >= tick_s:
-                state.tick(now, now - tick_s)
-                tick_s = now + self.heartbeat_s
-            for to, ruling in state.rulings():
-                await peer.send(PeerId(to), sealed(ruling))
+        async with peer.tasks() as tasks:
+            search: TaskHandle | None = None
+            tick_s = peer.now() + self.heartbeat_s
+            while not state.over(peer.now()):
+                envelope = await peer.recv(Status, deadline=tick_s)
+                now = peer.now()
+                if envelope is not None and sound(envelope.message):
+                    state.heard(int(envelope.source), envelope.message, now)
+                # A deadline is met to the nanosecond only.
+                if envelope is None or now >= tick_s:
+                    state.tick(now, now - tick_s)
+                    tick_s = now + self.heartbeat_s
+                for to, ruling in state.rulings():
+                    await peer.send(PeerId(to), sealed(ruling))
+                if state.orders.open_question() is not None and (search is None or search.done):
+                    search = tasks.start(self._search(peer, state))
+            if search is not None:
+                search.cancel()
+
+    async def _search(self, peer: Peer, state: State) -> None:
+        """Answer one question after the other, between reports."""
+        while (asked := state.orders.open_question()) is not None:
+            wanted = partial(state.orders.wants, asked)
+            found = await Search(self.search_s).run(peer, asked.cost, asked.known, wanted)
+            state.orders.answered(asked, found)
 
 
 @dataclass
@@ -129,6 +150,10 @@ class _Member:
         """The joint call that it waits in, unless it has been answered."""
         return self.status.call if self.status.turn > self.answered else ""
 
+    def names(self, wait: tuple[str, int]) -> Wait:
+        """The same for all who wait for the same, although they may count it otherwise."""
+        return ("call", self.call) if wait[0] == "call" else wait
+
     def vote(self, label: int) -> Vote | None:
         return next((vote for vote in self.status.votes if vote.label == label), None)
 
@@ -146,15 +171,16 @@ class State:
         self.members: dict[int, _Member] = {}
         self.order: list[int] = []
         """accepted peers of all groups in the order of their rings"""
-        self.epoch = 0
+        self.orders = Orders(settings.search_s > 0)
+        self._epochs: dict[int, int] = {}
+        """how often each group's ring has changed"""
         self._settings = settings
         self._record = record
         self._gone: dict[int, int] = {}
         self._refused: list[tuple[int, Ruling]] = []
         self._running: dict[tuple[int, int], Word] = {}
         self._operations = 0
-        self._strikes: dict[tuple[int, int], int] = {}
-        self._rates: dict[tuple[int, int], float] = {}
+        self._strikes = Strikes()
         self._elections: dict[int, Election] = {}
         self._last_s = now_s
         self._met = False
@@ -232,7 +258,7 @@ class State:
                 member.told = ruling
                 member.told_s = self._now_s
                 member.number += 1
-                yield peer, structs.replace(ruling, number=member.number)
+                yield peer, structs.replace(ruling, number=member.number)  # type: ignore[type-var]
 
     # Who is there.
 
@@ -243,10 +269,19 @@ class State:
             self._refused.append((peer, _unknown(member.status)))
         if member.accepted:
             self.order.remove(peer)
-            self.epoch += 1
+            self._changed(member.status.group)
             self._forget_empty(member.status.group)
             self._record("left" if member.status.leaving else "dropped", peer)
-        self._strikes = {k: v for k, v in self._strikes.items() if peer not in k}
+        self._strikes.forget(peer)
+
+    def _changed(self, group: int) -> None:
+        """A group has other members; other groups do not notice."""
+        self.orders.changed(group)
+        self._turned(group)
+
+    def _turned(self, group: int) -> None:
+        """A group's ring is another one."""
+        self._epochs[group] = self._epochs.get(group, 0) + 1
 
     def _forget_empty(self, group: int) -> None:
         """Who comes after the last member finds no revision that somebody still has."""
@@ -286,7 +321,9 @@ class State:
                 waiting = len(self.members) > len(everybody)
                 return self._answer(everybody, "ok", bytes([waiting]))
             if call == "measure":
-                return self._answer(everybody, "ok")
+                # All groups measure as often as the largest needs, whoever is lost meanwhile.
+                most = max(len(self._accepted(group)) for group in self._groups())
+                return self._answer(everybody, "ok", most.to_bytes(4, "little"))
             if call == "measured":
                 self._optimise(everybody)
                 return self._answer(everybody, "ok")
@@ -297,8 +334,8 @@ class State:
                 return self._elect(group, members)
             if calls == {"synced"}:
                 whole = all(member.status.detail == b"ok" for member in members.values())
-                if whole:
-                    self._elections[group] = self._elections[group].committed()
+                election = self._elections[group]
+                self._elections[group] = election.committed() if whole else election.failed()
                 return self._answer(members, "ok" if whole else "failed")
         return False
 
@@ -319,30 +356,36 @@ class State:
             member.accepted = True
             self.order.append(peer)
             self._record("accepted", peer)
-        self.epoch += bool(fresh)
+        for group in {member.status.group for member in fresh.values()}:
+            self._changed(group)
         return self._answer({**everybody, **fresh}, "ok")
 
     def _operate(self, group: int) -> bool:
         members = self._accepted(group)
         labels = {vote.label for member in members.values() for vote in member.status.votes}
         labels |= {label for of, label in self._running if of == group}
-        fired = [self._step(group, label, members) for label in sorted(labels)]
+        # One of them may drop a peer, of whom the next must not count the vote.
+        fired = [self._step(group, label) for label in sorted(labels)]
         return any(fired)
 
-    def _step(self, group: int, label: int, members: dict[int, _Member]) -> bool:
+    def _step(self, group: int, label: int) -> bool:
+        members = self._accepted(group)
         word = self._running.get((group, label))
         if word is not None:
             return self._conclude(group, word, members)
         opening = {peer: member.opens(label) for peer, member in members.items()}
-        votes = [vote for vote in opening.values() if vote is not None]
-        if len(votes) < len(members):
+        votes = {peer: vote for peer, vote in opening.items() if vote is not None}
+        if not votes or len(votes) < len(members):
             return False
         state = STARTED
-        if len({vote.signature for vote in votes}) > 1:
+        epoch = self._epochs[group]
+        first = next(iter(votes.values()))
+        differ = dissenters({peer: vote.signature for peer, vote in votes.items()})
+        if differ:
             state = MISMATCH
         elif len(members) < 2:
             state = FEW
-        elif all(self._did(vote, votes[0].after) for vote in votes):
+        elif all(_did(vote, first.after, epoch) for vote in votes.values()):
             state = COMMITTED
         ring = tuple(members)
         number = 0
@@ -351,15 +394,12 @@ class State:
             number = self._operations
         if state == STARTED:
             self._running[group, label] = Word(label, 0, number, STARTED, ring)
-        for peer, vote in opening.items():
-            assert vote is not None
-            members[peer].words[label] = Word(label, vote.serial, number, state, ring, self.epoch)
+        for peer, vote in votes.items():
+            members[peer].words[label] = Word(
+                label, vote.serial, number, state, ring, epoch,
+                tuple((other, votes[other].signature) for other in differ),
+            )  # fmt: skip
         return True
-
-    def _did(self, vote: Vote, after: int) -> bool:
-        """Whether a peer has the result already, of the peers that are in the ring now."""
-        same = vote.after == after and vote.epoch == self.epoch
-        return vote.phase == DONE and after > 0 and same
 
     def _conclude(self, group: int, word: Word, members: dict[int, _Member]) -> bool:
         alive = {
@@ -384,10 +424,10 @@ class State:
         if not gave_up and all(vote.phase == DONE for vote in votes.values()):
             return self._decide(group, word, alive, COMMITTED)
         if len(alive) == len(word.ring):
-            broken = self._broken_link(word, votes) or self._damaging_link(word, votes)
+            broken = broken_link(word, votes)
             if broken is not None:
                 self._decide(group, word, alive, ABORTED)
-                self._strike(*broken)
+                self._strike(broken)
                 return True
         if gave_up or len(alive) < len(word.ring):
             return self._decide(group, word, alive, ABORTED)
@@ -398,60 +438,27 @@ class State:
         for member in alive.values():
             serial = member.words[word.label].serial
             member.words[word.label] = Word(
-                word.label, serial, word.operation, state, (), self.epoch
+                word.label, serial, word.operation, state, (), self._epochs[group]
             )
         if state == COMMITTED:
-            ring = word.ring
-            for place, peer in enumerate(ring):
-                self._strikes.pop((ring[place - 1], peer), None)
+            self._strikes.clear(word.ring)
         return True
 
     # Links that carry nothing or damaged pieces, and waits that lead nowhere.
 
-    @staticmethod
-    def _broken_link(word: Word, votes: dict[int, Vote]) -> tuple[int, int] | None:
-        """A peer that gets nothing although its predecessor has sent: the others only wait."""
-        for place, peer in enumerate(word.ring):
-            before = word.ring[place - 1]
-            if peer in votes and before in votes:
-                here, there = votes[peer], votes[before]
-                if here.stalled and here.phase == INITIATE and there.sent > here.received:
-                    return before, peer
-        return None
-
-    @staticmethod
-    def _damaging_link(word: Word, votes: dict[int, Vote]) -> tuple[int, int] | None:
-        """A peer that gave up because its predecessor's pieces came damaged."""
-        for place, peer in enumerate(word.ring):
-            if peer in votes and votes[peer].phase == FAILED:
-                return word.ring[place - 1], peer
-        return None
-
-    def _strike(self, source: int, target: int) -> None:
+    def _strike(self, link: Link) -> None:
         """Lead the ring around a link; drop an end of one that stays in the way."""
-        strikes = self._strikes
-        strikes[source, target] = strikes.get((source, target), 0) + 1
-        self._record("broken_link", target)
-        group = self.members[target].status.group
-        members = list(self._accepted(group))
-        cost = np.ones((len(members), len(members)))
-        for a, b in strikes:
-            if a in members and b in members:
-                cost[members.index(a), members.index(b)] = _AVOID
-        ring = [members[place] for place in Tour(starts=2).order(cost)]
-        self._reorder(ring)
-        unavoidable = any((a, b) in strikes for a, b in zip(ring, ring[1:] + ring[:1], strict=True))
-        if sum(a == source for a, _ in strikes) >= _STRIKES:
-            # Bad towards several others: the fault is not with one of the links.
-            self._drop(source)
-        elif unavoidable and strikes[source, target] >= _STRIKES:
-            count = {end: sum(end in link for link in strikes) for end in (source, target)}
-            self._drop(source if count[source] > count[target] else target)
+        self._record("broken_link", link[1])
+        group = self.members[link[1]].status.group
+        ring, bad = self._strikes.strike(link, list(self._accepted(group)))
+        self._reorder(group, ring)
+        if bad is not None:
+            self._drop(bad)
 
-    def _reorder(self, ring: list[int]) -> None:
+    def _reorder(self, group: int, ring: list[int]) -> None:
         others = [peer for peer in self.order if peer not in ring]
         self.order = others + ring
-        self.epoch += 1
+        self._turned(group)
 
     def _give_up_stalled(self) -> None:
         for (group, label), word in list(self._running.items()):
@@ -487,18 +494,13 @@ class State:
             limit = self._now_s - self._settings.diverged_s
             if found := {wait for wait in waits if member.since_s[wait] < limit}:
                 old[peer] = found
-        names = {
-            frozenset(
-                self.members[peer].call if kind == "call" else f"{kind} {number}"
-                for kind, number in waits
-            )
-            for peer, waits in old.items()
-        }
-        if not any(not (a & b) for a in names for b in names):
-            return
-        for peer, waits in old.items():
+        told = diverged(
+            {peer: frozenset(map(self.members[peer].names, waits)) for peer, waits in old.items()},
+            {peer: self.members[peer].status.group for peer in old},
+        )
+        for peer in sorted(told):
             member = self.members[peer]
-            for kind, number in waits:
+            for kind, number in old[peer]:
                 if kind == "call":
                     self._answer({peer: member}, "diverged")
                 elif (vote := member.opens(number)) is not None:
@@ -517,21 +519,19 @@ class State:
             self._record("violated_revision", peer)
             self.order.remove(peer)
             self.members[peer].accepted = False
-            self.epoch += 1
+            self._changed(group)
         self._forget_empty(group)
         return True
 
     def _optimise(self, members: dict[int, _Member]) -> None:
         for peer, member in members.items():
-            row = np.frombuffer(member.status.detail, np.float64).reshape(-1, 2)
-            for target, rate in row:
-                self._rates[peer, int(target)] = float(rate)
+            self.orders.measured(peer, member.status.detail)
         for group in self._groups():
-            ring = list(self._accepted(group))
-            rates = np.array([[self._rates.get((a, b), 0.0) for b in ring] for a in ring])
-            cost = link_cost(rates)
-            np.fill_diagonal(cost, 0.0)
-            self._reorder([ring[place] for place in Tour().order(cost)])
+            sessions = tuple((peer, m.status.session) for peer, m in self._accepted(group).items())
+            ring, adopted = self.orders.best(group, sessions)
+            if adopted:
+                self._record("adopted", group)
+            self._reorder(group, ring)
 
     def _ruling(self, peer: int, member: _Member) -> Ruling:
         group = member.status.group
@@ -539,9 +539,14 @@ class State:
         listed = {(vote.label, vote.serial) for vote in member.status.votes}
         words = tuple(w for w in member.words.values() if (w.label, w.serial) in listed)
         return Ruling(
-            member.status.session, 0, True, member.accepted, self.epoch, ring, len(self.order),
-            member.answered, member.answer, member.detail, words,
+            member.status.session, 0, True, member.accepted, self._epochs.get(group, 0), ring,
+            len(self.order), member.answered, member.answer, member.detail, words,
         )  # fmt: skip
+
+
+def _did(vote: Vote, after: int, epoch: int) -> bool:
+    """Whether a peer has the result already, of the peers that are in the ring now."""
+    return vote.phase == DONE and vote.after == after > 0 and vote.epoch == epoch
 
 
 def _unknown(status: Status) -> Ruling:
@@ -552,4 +557,4 @@ def _is_news(ruling: Ruling, told: Ruling | None) -> bool:
     """Whether it says more than what was told; that it repeats a word no longer is no news."""
     if told is None or any(word not in told.words for word in ruling.words):
         return True
-    return structs.replace(ruling, words=told.words) != told
+    return structs.replace(ruling, words=told.words) != told  # type: ignore[type-var]

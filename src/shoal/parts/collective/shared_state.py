@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, replace
 
 import msgspec
@@ -107,16 +107,21 @@ class Election:
 
     revision: int | None = None
     pending: int | None = field(default=None)
+    failures: int = 0
 
     def committed(self) -> Election:
         """All peers have the content of the last election."""
         return Election(self.pending)
 
+    def failed(self) -> Election:
+        """Somebody could not fetch it: next time others give it, if there are any."""
+        return replace(self, failures=self.failures + 1)
+
     def held(self, offers: Mapping[int, bytes]) -> Outcome:
         """offers: an encoded `Offer` by peer."""
         found = {peer: _decode_offer(data) for peer, data in offers.items()}
-        if len({offer.layout() for offer in found.values()}) > 1:
-            answers = dict.fromkeys(found, ("mismatch", b""))
+        if differ := dissenters({peer: offer.layout() for peer, offer in found.items()}):
+            answers = dict.fromkeys(found, ("mismatch", msgspec.msgpack.encode(differ)))
             return Outcome(answers, (), self)
         voters = {p: o for p, o in found.items() if o.strategy != "receive_only"}
         expected = self._expected(voters)
@@ -132,7 +137,7 @@ class Election:
         first = min(p for p, o in heirs.items() if votes[o.content()] == most)
         chosen = found[first]
         holders = [p for p, o in heirs.items() if o.content() == chosen.content()]
-        turn = 0
+        turn = self.failures
         for peer, offer in found.items():
             if peer in answers:
                 continue
@@ -158,6 +163,18 @@ class Election:
         return max(offered, key=lambda revision: (offered[revision], revision), default=0)
 
 
+def dissenters(said: Mapping[int, Hashable]) -> tuple[int, ...]:
+    """Who says something else than more than half do; where no half agrees, everybody.
+
+    >>> dissenters({1: "a", 2: "a", 3: "b"}), dissenters({1: "a", 2: "b"}), dissenters({1: "a"})
+    ((3,), (1, 2), ())
+    """
+    ((common, count),) = Counter(said.values()).most_common(1) if said else ((None, 0),)
+    agreed = 2 * count > len(said)
+    return tuple(peer for peer, each in said.items() if not agreed or each != common)
+
+
+_differ = msgspec.msgpack.Decoder(tuple[int, ...])
 _offers = msgspec.msgpack.Decoder(Offer)
 _plans = msgspec.msgpack.Decoder(Plan)
 
@@ -173,6 +190,11 @@ def _decode_offer(data: bytes) -> Offer:
 def read_plan(data: bytes) -> Plan:
     """The master's answer to `sync`."""
     return _plans.decode(data)
+
+
+def read_dissenters(data: bytes) -> tuple[int, ...]:
+    """The master's answer to a `sync` of different layouts."""
+    return _differ.decode(data)
 
 
 def encode_offer(offer: Offer) -> bytes:
