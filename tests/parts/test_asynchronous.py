@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from hypothesis import given, settings
@@ -17,7 +18,7 @@ from shoal.kernel.peer import Peer
 from shoal.lab.explore import explore
 from shoal.parts import find
 from shoal.parts.asynchronous import audit
-from shoal.parts.asynchronous._messages import Call
+from shoal.parts.asynchronous._messages import Answer, Call, intact, sealed
 from shoal.parts.asynchronous.buffered import Buffered, BufferedCourse
 from shoal.parts.asynchronous.client import Client, ServerLost
 from shoal.parts.asynchronous.desk import DUPLICATE, STALE, TAKEN, UNKNOWN, Desk
@@ -487,7 +488,7 @@ async def answer_first(self: Server) -> None:
     """`Server._settle` in the wrong order: what is promised is not yet written."""
     answers, self._answers = self._answers, []
     for client, answer in answers:
-        await self.peer.send(client, answer)  # type: ignore[arg-type]
+        await self.peer.send(client, sealed(answer))  # type: ignore[arg-type]
     await self.peer.sleep_until(self.peer.now() + 0.2)
     await _settle(self)
 
@@ -649,3 +650,28 @@ def test_rows_lie_in_the_order_of_steps_and_come_back() -> None:
     rows = Uneven(params, task.shard(index), keys, torch.tensor([[1, 4], [2, 4]]))
     assert rows.active == [4, 3, 2, 2]
     assert torch.equal(rows.back(rows.params), params)
+
+
+# Damage.
+
+
+def test_damaged_messages_count_as_lost() -> None:
+    sound = sealed(call(1))
+    assert intact(sound)
+    assert intact(sealed(Answer(1, "taken", 2, 9, 0, 0, torch.ones(3))))
+    for name, other in (("number", 2), ("version", 1), ("weight", 2.0), ("payload", Packed(b"x"))):
+        assert not intact(msgspec.structs.replace(sound, **{name: other}))
+
+
+def test_a_server_whose_model_is_past_help_comes_to_its_end() -> None:
+    """A rate at which every number goes to infinity: all works are broken, and nothing hangs."""
+    broken = Learning(
+        workload(4, 5), Buffered(size=2), Displacement(SGD(lr=1e30)), Habits(20), pace=Even(0.01),
+        terms=Terms(give_up_s=20.0),
+    )  # fmt: skip
+    network = Network(4, links=LINKS)
+    run = simulate(broken, network, seed=1, settings=EventSettings(horizon_s=500.0))
+    assert run.finished
+    assert not run.series("applied")
+    assert run.series("works_broken")[-1].value > 0
+    assert run.virtual_s < broken.gives_up_s + 10.0

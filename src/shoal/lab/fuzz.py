@@ -97,8 +97,10 @@ def target(name: str, overrides: Mapping[str, Any] | None = None) -> Target:
     quiet = _quiet(program, network)
     module = discover.module_of(discover.find(name))
     falling = () if card.kind == "program" else (rounds_do_not_fall,)
+    # Who waits for the dead for as long as it says does not hang.
+    waits_s = getattr(program, "gives_up_s", 0.0)
     return Target(
-        name, program, network, PATIENCE * max(quiet.virtual_s, 1.0),
+        name, program, network, PATIENCE * max(quiet.virtual_s, 1.0) + waits_s,
         (*INVARIANTS, *falling, *getattr(module, "INVARIANTS", ())), dict(overrides or {}),
     )  # fmt: skip
 

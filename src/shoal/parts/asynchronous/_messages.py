@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from msgspec.structs import astuple, replace
 from torch import Tensor
 
+from shoal.wire.checksum import checksum
 from shoal.wire.message import Packed, message
+
+
+def sealed(told: Any) -> Any:
+    """The same message with the checksum of its other fields, which come before it."""
+    return replace(told, check=checksum(*astuple(told)[:-1]))
+
+
+def intact(told: Call | Answer | Finished) -> bool:
+    """Whether a message is what its sender sealed; one that is not counts as lost."""
+    return told.check == checksum(*astuple(told)[:-1])
 
 
 @message
@@ -25,6 +39,7 @@ class Call:
     steps: int
     weight: float
     payload: Packed
+    check: int = 0
 
 
 @message
@@ -42,6 +57,7 @@ class Answer:
     version: int
     steps: int
     params: Tensor | None
+    check: int = 0
 
 
 @message
@@ -50,6 +66,7 @@ class Finished:
 
     version: int
     params: Tensor
+    check: int = 0
 
 
 @message

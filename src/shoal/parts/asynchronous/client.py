@@ -15,7 +15,7 @@ import msgspec
 from shoal.base.errors import PeerError, UsageError
 from shoal.base.ids import PeerId
 from shoal.kernel.peer import Peer
-from shoal.parts.asynchronous._messages import Answer, Call
+from shoal.parts.asynchronous._messages import Answer, Call, intact, sealed
 from shoal.parts.asynchronous.desk import TAKEN
 from shoal.rounds.workload import Workload
 from shoal.tensor.types import Vector
@@ -133,14 +133,14 @@ class Client:
         peer = self.peer
         heard_s = peer.now()
         while True:
-            await peer.send(self.server, call)
+            await peer.send(self.server, sealed(call))
             until_s = peer.now() + self.patience_s
             while True:
                 envelope = await peer.recv(Answer, source=self.server, deadline=until_s)
                 if envelope is None:
                     break
                 heard_s = peer.now()
-                if fits(envelope.message):
+                if intact(envelope.message) and fits(envelope.message):
                     return envelope.message
             if peer.now() - heard_s >= self.give_up_s:
                 raise ServerLost(

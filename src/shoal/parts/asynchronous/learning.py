@@ -14,7 +14,7 @@ from shoal.kernel.peer import Cost, Peer
 from shoal.parts.asynchronous.local import Work, perform
 from shoal.parts.asynchronous.participation import Habits
 from shoal.parts.asynchronous.rule import Rule
-from shoal.parts.asynchronous.server import Server
+from shoal.parts.asynchronous.server import FAREWELLS, Server
 from shoal.parts.asynchronous.worker import Worker
 from shoal.rounds.workload import Workload
 from shoal.tensor import keyed
@@ -126,6 +126,12 @@ class Learning:
             return transform.decode(content)  # type: ignore[arg-type]
         except WireError:
             return None
+
+    @property
+    def gives_up_s(self) -> float:
+        """How long a run in which nothing is heard any more may still last."""
+        terms = self.terms
+        return 3.0 * terms.give_up_s + 4.0 * FAREWELLS * terms.patience_s
 
     async def run(self, peer: Peer) -> None:
         if peer.id != self.terms.server:

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from shoal.base.ids import PeerId
 from shoal.kernel.peer import Cost, Envelope, Peer
-from shoal.parts.asynchronous._messages import Answer, Bye, Call, Finished
-from shoal.parts.asynchronous.desk import Desk
+from shoal.parts.asynchronous._messages import Answer, Bye, Call, Finished, intact, sealed
+from shoal.parts.asynchronous.desk import BROKEN, Desk
 from shoal.parts.asynchronous.rule import Action, Advance, Delta, Drop, Moment, Rule
 from shoal.parts.asynchronous.versions import Versions
 from shoal.tensor import tree
@@ -55,6 +55,8 @@ class Server:
         self.course = learning.rule.course(self.clients)
         self.waiting: set[int] = set()
         """clients who asked and were given nothing yet"""
+        self.vain: set[int] = set()
+        """clients whose last work was broken"""
         self.heard_s = peer.now()
         self._stale = True
         """whether the store lacks something"""
@@ -132,18 +134,22 @@ class Server:
 
     async def _hear(self, envelope: Envelope[Call]) -> None:
         call, client = envelope.message, int(envelope.source)
-        if self.over or client not in self.desk.settled:
+        if self.over or client not in self.desk.settled or not intact(call):
             return
         now_s, verdict = self.peer.now(), ""
-        if call.work or client not in self.waiting:
-            # Who only waits for others, and says so again, is no sign of progress.
-            self.heard_s = now_s
+        idle = client in self.waiting
         if call.work:
             vector = self.learning.opened(call.payload)
             verdict, delta = self.desk.receive(client, call, vector, now_s)
+            idle = verdict == BROKEN
+            (self.vain.add if idle else self.vain.discard)(client)
             self._stale |= self.desk.settled[client] == call.number and verdict != "duplicate"
             if delta is not None:
                 await self._carry_out(self.course.arrived(delta, self.moment))
+        if not idle and client not in self.vain:
+            # Who only waits for others, and says so again, is no sign of progress; nor is work on
+            # a model from which everybody's numbers go to infinity.
+            self.heard_s = now_s
         if call.asks and self._wants(client, call):
             await self._asked(client, call, verdict)
         if call.work and not self._answered(client):
@@ -254,7 +260,7 @@ class Server:
             # Everybody is told so in a moment.
             return
         for client, answer in answers:
-            await self.peer.send(PeerId(client), answer)
+            await self.peer.send(PeerId(client), sealed(answer))
 
     def _items(self) -> dict[str, Any]:
         leaves, _ = tree.flatten(self.state)
@@ -285,9 +291,10 @@ class Server:
         if not self.over or versions.version == 0:
             peer.record("params", versions.params)
         left = set(self.clients)
+        farewell = sealed(Finished(versions.version, versions.params))
         for _ in range(FAREWELLS):
             for client in sorted(left):
-                await peer.send(PeerId(client), Finished(versions.version, versions.params))
+                await peer.send(PeerId(client), farewell)
             until_s = peer.now() + self.terms.patience_s
             while left and (bye := await peer.recv(Bye, deadline=until_s)) is not None:
                 left.discard(int(bye.source))

@@ -14,7 +14,7 @@ from shoal.base.errors import Leaving
 from shoal.base.ids import PeerId
 from shoal.kernel.peer import Peer
 from shoal.kernel.tasks import TaskHandle
-from shoal.parts.asynchronous._messages import Bye, Finished
+from shoal.parts.asynchronous._messages import Bye, Finished, intact
 from shoal.parts.asynchronous.client import Client, Model, ServerLost
 from shoal.parts.asynchronous.local import perform
 from shoal.tensor.types import Vector
@@ -109,7 +109,7 @@ class Worker:
                 break
             told = envelope.message
             # What was damaged on its way will be said again.
-            if told.params.shape == like.shape and bool(told.params.isfinite().all()):
+            if intact(told) and told.params.shape == like.shape:
                 self.last = (told.version, learning.workload.there(told.params))
                 await self.peer.send(server, Bye(told.version))
                 break
