@@ -16,7 +16,7 @@ def sealed(told: Any) -> Any:
     return replace(told, check=checksum(*astuple(told)[:-1]))
 
 
-def intact(told: Call | Answer | Finished) -> bool:
+def intact(told: Any) -> bool:
     """Whether a message is what its sender sealed; one that is not counts as lost."""
     return told.check == checksum(*astuple(told)[:-1])
 
