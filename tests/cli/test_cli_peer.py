@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,13 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "live"))
 
+from fake_router import Router
+from typer.testing import CliRunner
 from up_processes import environment
+
+from shoal.cli.app import app
+from shoal.engine.live import LiveSettings, join
+from shoal.world.record import Run
 
 pytestmark = [pytest.mark.live, pytest.mark.timeout(120)]
 
@@ -47,6 +54,8 @@ def test_misuse_is_refused_with_the_rule_and_the_repair(tmp_path: Path) -> None:
         (("beats", "--id", "3"), "peer=3; need 0 to 2"),
         (("run.json",), "this is no run.json that `shoal up` wrote"),
         (("run.json", "--seed", "1"), "a run is described there wholly"),
+        (("beats", "--carriers", "tcp,udp"), "--carriers tcp,udp; need tcp, quic or tcp,quic"),
+        (("beats", "--upnp", "on"), 'upnp=\'on\' (use "off", "auto", or the IPv4 address of the'),
         (("beats", "--listen", "192.0.2.1:7000"), "cannot listen on 192.0.2.1:7000"),
     ):
         done = peer(tmp_path, *words)
@@ -71,6 +80,37 @@ def test_a_peer_alone_prints_what_it_measured(tmp_path: Path) -> None:
     assert [o["value"] for o in objects if o.get("name") == "heard"] == [0.0, 0.0]
     assert objects[-1]["event"] == "end"
     assert objects[-1]["finished"] is True
+
+
+def test_the_router_is_asked_and_told_when_it_is_over(tmp_path: Path) -> None:
+    words = ("beats", "--peers", "1", "--set", "beats=2", "--carriers", "tcp,quic")
+    with Router().in_thread() as router:
+        found = peer(tmp_path, *words, "--upnp", router.place)
+        assert found.returncode == 0, found.stderr
+        assert "peer 0: running at 8.8.4.4:" in found.stderr
+        assert "of the router at 8.8.4.4" in found.stderr
+        assert router.asked.count("AddPortMapping") == 1
+        assert router.open == {}
+        peer(tmp_path, *words)
+        assert router.asked.count("AddPortMapping") == 1
+
+
+def test_carriers_reach_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    passed: list[LiveSettings] = []
+
+    def joined(*args: object, settings: LiveSettings, **more: object) -> Run:
+        passed.append(settings)
+        return Run("live", 0, 1, finished=True)
+
+    monkeypatch.setattr(join, "join_live", joined)
+    earlier = signal.getsignal(signal.SIGTERM)
+    try:
+        for text in ("tcp", "quic", "quic,tcp"):
+            words = ["peer", "dpsgd", "--peers", "1", "--set", "topology=full", "--carriers", text]
+            assert CliRunner().invoke(app, words).exit_code == 0
+    finally:
+        signal.signal(signal.SIGTERM, earlier)
+    assert [each.carriers for each in passed] == [("tcp",), ("quic",), ("tcp", "quic")]
 
 
 def test_it_ends_when_its_standard_input_is_closed(tmp_path: Path) -> None:

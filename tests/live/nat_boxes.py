@@ -56,6 +56,16 @@ class Box:
             self._open[endpoint.port] = inside
         return endpoint
 
+    def opens(self, protocol: str, host: str, port: int, wanted: int) -> int:
+        """On request (UPnP): the outer port that lets everybody in to that inner one."""
+        if protocol != "UDP" or self.table is None:
+            return wanted
+        with self.lock:
+            mapped = self.table.map_port(Endpoint(host, port))
+            assert mapped is not None
+            self._at(mapped.port)
+        return mapped.port
+
     def close(self) -> None:
         self.selector.close()
         for each in (self.inner, *self._outer.values()):

@@ -9,7 +9,7 @@ import sys
 import threading
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -66,6 +66,14 @@ def command(
         Path | None, typer.Option("--store",
                                   help="Folder to go on from after a crash (one for each peer)."),
     ] = None,
+    carriers: Annotated[
+        str, typer.Option("--carriers", metavar="tcp,quic",
+                          help="How connections that both sides open past routers may go."),
+    ] = "tcp",
+    upnp: Annotated[
+        str, typer.Option("--upnp", metavar="auto|HOST",
+                          help="Have the router open ports for this peer, until it ends."),
+    ] = "off",
     arm: Annotated[str | None, typer.Option("--arm", help="Which arm of a file.")] = None,
     wait: Annotated[
         int | None, typer.Option("--wait", min=1, help="Start with so many peers (default: all)."),
@@ -103,6 +111,8 @@ def command(
     Examples:
       shoal peer dpsgd --peers 2 --set topology=full --listen 0.0.0.0:7000
       shoal peer dpsgd --peers 2 --set topology=full --bootstrap 192.168.1.5:7000
+      shoal peer lattica --peers 8 --listen 0.0.0.0:7000 --upnp auto
+      shoal peer lattica --peers 8 --bootstrap 203.0.113.7:7000 --carriers tcp,quic
       shoal peer --key me.key --show-name
     """
     from shoal.base.errors import UsageError
@@ -134,6 +144,7 @@ def command(
     run = run_peer(
         cell, joining, store="" if store is None else str(store), start_s=start_s,
         tell=teller.tell, stop=stop, observer=teller if isinstance(teller, _Reporter) else None,
+        carriers=carriers_in(carriers), upnp=upnp,
     )  # fmt: skip
     teller.end(run)
     raise typer.Exit(0 if run.finished or stop.is_set() else 1)
@@ -186,6 +197,17 @@ def address(text: str, option: str) -> tuple[str, int]:
     if not colon or not port.isdigit() or int(port) >= 1 << 16:
         raise UsageError(f"{option} {text}; need HOST:PORT (such as 192.168.1.5:7000)")
     return host.strip("[]") or "0.0.0.0", int(port)
+
+
+def carriers_in(text: str) -> tuple[Literal["tcp", "quic"], ...]:
+    """A list of carriers, each once."""
+    from shoal.base.errors import UsageError
+
+    known: tuple[Literal["tcp", "quic"], ...] = ("tcp", "quic")
+    named = [each.strip() for each in text.split(",")]
+    if not set(named) <= set(known) or len(set(named)) != len(named):
+        raise UsageError(f"--carriers {text}; need tcp, quic or tcp,quic")
+    return tuple(each for each in known if each in named)
 
 
 def names_in(path: Path) -> frozenset[str]:

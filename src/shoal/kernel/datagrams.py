@@ -120,13 +120,15 @@ class Socket:
         """Ask the NAT box for a port that lets everybody in (as UPnP IGD or NAT-PMP do).
 
         The outer endpoint, good while the socket is open; None where there is no box that gives
-        one. No packet is simulated for it, and on real sockets nobody is asked.
+        one. No packet is simulated for it. On real sockets a router is asked only where
+        `LiveSettings.upnp` says so, for some seconds at most; a box beyond it is not, so what the
+        router calls its outer address may not be the one that others see.
         """
         runtime = self.runtime
         if not runtime.alive:
             await Wait(runtime.ready)
         self._check_open()
-        return runtime.host.map_port(self)
+        return await runtime.host.map_port(self)
 
     def close(self) -> None:
         """Give the port back; whoever waits for a datagram gets None."""

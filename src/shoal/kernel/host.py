@@ -63,8 +63,8 @@ class Host(Protocol):
 
     def unbind(self, socket: Socket, /) -> None: ...
 
-    def map_port(self, socket: Socket, /) -> Endpoint | None:
-        """The outer endpoint that the socket's NAT box opens for everybody, if it does."""
+    def map_port(self, socket: Socket, /) -> Wait:
+        """For the outer endpoint that the socket's NAT box opens for everybody, if it does."""
         ...
 
     @property

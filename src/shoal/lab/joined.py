@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from shoal.base.errors import UsageError
 from shoal.lab import launch as seam
@@ -71,13 +71,14 @@ def agreed(cell: Cell) -> bytes:
 def run_peer(
     cell: Cell, joining: Joining, *, store: str = "", start_s: float = 60.0,
     tell: Callable[[Told], None] | None = None, stop: threading.Event | None = None,
-    observer: Observer | None = None,
+    observer: Observer | None = None, carriers: tuple[Literal["tcp", "quic"], ...] = ("tcp",),
+    upnp: str = "off",
 ) -> Run:  # fmt: skip
     """Join the run of a cell as one of its peers, and return what this peer left.
 
     store: the folder of its durable commits; a strategy then commits after every round, so that it
     goes on there. `tell` gets the status, and what is new since the last call. observer: gets this
-    peer's models; without one they are measured here.
+    peer's models; without one they are measured here. carriers, upnp: see `LiveSettings`.
     """
     from shoal.engine.live.control import Told
     from shoal.engine.live.join import join_live
@@ -101,7 +102,9 @@ def run_peer(
             tell(Told(status, rows + ([] if own is None else own.news()), happenings))
 
     horizon_s = float("inf") if scenario.seconds is None else scenario.seconds
-    settings = LiveSettings(horizon_s=horizon_s, store_dir=store, start_s=start_s)
+    settings = LiveSettings(
+        horizon_s=horizon_s, store_dir=store, start_s=start_s, carriers=carriers, upnp=upnp
+    )
     return join_live(
         program, network, replace(joining, program=agreed(cell)), seed=cell.seed,
         settings=settings, observer=observer or own, tell=pass_on, stop=stop,

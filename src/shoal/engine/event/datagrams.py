@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from shoal.base.errors import UsageError
 from shoal.engine.event.ways import Carried, Opening, Reservation
 from shoal.kernel.datagrams import DATAGRAM, HEADER_BYTES, Datagram, Endpoint, Socket
+from shoal.kernel.waits import Wait
 from shoal.wire.message import message_key
 from shoal.world.nat import NatTable
 
@@ -109,10 +110,11 @@ class Datagrams:
                 target = other.box.who[0] if holder is None else self._peer_of[holder.host]
         return None if target is None else (target, source)
 
-    def map_port(self, socket: Socket) -> Endpoint | None:
-        """What the socket's box opens for everybody, if it does such a thing."""
-        table = self._tables.get(socket.runtime.id)
-        return None if table is None else table.map_port(socket.local)
+    def map_port(self, socket: Socket) -> Wait:
+        """For what the socket's box opens for everybody, if it does such a thing: at once."""
+        table, wait = self._tables.get(socket.runtime.id), Wait(socket.runtime.ready)
+        wait.resolve(None if table is None else table.map_port(socket.local))
+        return wait
 
     def _arrived(self, datagram: Any, runtime: Runtime) -> None:
         if isinstance(datagram, Carried):

@@ -341,7 +341,7 @@ class Simulation:
     def unbind(self, socket: Socket) -> None:
         self.datagrams.unbind(socket)
 
-    def map_port(self, socket: Socket) -> Endpoint | None:
+    def map_port(self, socket: Socket) -> Wait:
         return self.datagrams.map_port(socket)
 
     # Host: work and memory.

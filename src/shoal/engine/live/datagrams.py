@@ -6,18 +6,21 @@ the way for real.
 
 from __future__ import annotations
 
+import asyncio
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from shoal.base.errors import UsageError
 from shoal.engine.live.line import shared
 from shoal.kernel.datagrams import HEADER_BYTES, Datagram, Endpoint, Socket
+from shoal.kernel.waits import Wait
 from shoal.wire.message import message_key
 
 if TYPE_CHECKING:
     from shoal.engine.live.driver import Driver
+    from shoal.engine.live.upnp import Ports
 
 _READS = 64
 """Datagrams taken from one socket before the others get their turn."""
@@ -84,6 +87,8 @@ class Datagrams:
         self._peers: dict[Endpoint, int] = {}
         self._passages: dict[tuple[Socket, Endpoint], Passage] = {}
         self._carries = "quic" in driver.plan.settings.carriers
+        self._ports: Ports | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
 
     def passage(self, opened: Socket, place: Endpoint) -> Passage | None:
         """A way for packets of a connection; None while there is one to that place."""
@@ -134,15 +139,45 @@ class Datagrams:
         except OSError:
             driver.drop("lost")
 
-    def map_port(self, opened: Socket) -> Endpoint | None:
-        """None: no box is asked (that would be UPnP or NAT-PMP spoken to a real router)."""
-        return None
+    def map_port(self, opened: Socket) -> Wait:
+        """What the router opens for this port, and for connections at the same number (`upnp`)."""
+        wait, settings = Wait(opened.runtime.ready), self._driver.plan.settings
+        if settings.upnp == "off":
+            wait.resolve(None)
+            return wait
+        if self._ports is None:
+            from shoal.engine.live.upnp import Ports  # Its packages are an extra.
+
+            peer = opened.runtime.id
+            self._ports = Ports(settings.upnp, lambda what: self._driver.closed(peer, what))
+        self._start(self._map(self._ports, opened, wait))
+        return wait
+
+    async def _map(self, ports: Ports, opened: Socket, wait: Wait) -> None:
+        found = await ports.map(*opened.local)
+        if opened.closed:
+            await ports.release(opened.local.port)
+        wait.resolve(found)
+        self._driver.settle()
+
+    def _start(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        task = self._driver.loop.create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def ended(self) -> None:
+        """After the last socket was closed: the router has been told so."""
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._ports is not None:
+            await self._ports.close()
 
     def unbind(self, opened: Socket) -> None:
         for passage in [p for (by, _), p in self._passages.items() if by is opened]:
             passage.lost()
             passage.close()
         udp = self._udp.pop(opened)
+        if self._ports is not None:
+            self._start(self._ports.release(opened.local.port))
         if (held := self._held.pop(opened, None)) is not None:
             held.close()
         self._peers.pop(opened.local, None)

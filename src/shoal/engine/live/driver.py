@@ -118,6 +118,7 @@ class Driver:
             self._close()
         for transport in self.transports.values():
             await transport.lines.ended()
+        await self.datagrams.ended()
         self._report(control.Done(self._outcome(watch)))
 
     def _keys(self) -> dict[int, bytes]:

@@ -14,12 +14,15 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import threading
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, replace
+from ipaddress import ip_address
 from queue import Empty, SimpleQueue
 from time import monotonic_ns, time_ns
+from typing import TYPE_CHECKING
 
 from shoal.base.errors import SimulationError, UsageError
 from shoal.base.limits import DEFAULT, Limits
@@ -41,6 +44,9 @@ from shoal.wire.handshake import Credentials
 from shoal.world.faults import Join
 from shoal.world.network import Network
 from shoal.world.record import Run, digest_of
+
+if TYPE_CHECKING:
+    from shoal.engine.live.upnp import Ports
 
 _TICK_S = 1.0
 _TELL_S = 0.5
@@ -115,9 +121,11 @@ class _Joined:
         self._kept: Membership | None = None
         self._writing: asyncio.Task[None] | None = None
         self._driver: Driver | None = None
+        self._ports: Ports | None = None
         self._idle = False
         self._ended = False
         self._whole = False
+        self._said: list[str] = []
 
     # The caller's thread.
 
@@ -190,12 +198,15 @@ class _Joined:
         circle = self._circle
         listener = circle.listen()
         try:
+            await self._open_port(listener)
             if not await self._find_run():
                 self._reports.put(control.Done(Run("live", self._seed, self._network.peers)))
                 listener.close()
+                await self._close_port()
                 return
         except BaseException:
             listener.close()
+            await self._close_port()
             raise
         plan = control.Plan(
             control.ByPeer((self._program,) * self._network.peers), self._network, self._seed,
@@ -205,6 +216,8 @@ class _Joined:
         self._driver = circle.driver = driver = Driver(plan, self._report, self._loop)
         # An answer to what an earlier life asked must not pass for one to a question of this life.
         driver.runtimes[circle.peer].number_requests_from(circle.incarnation // 1000)
+        for what in self._said:
+            driver.closed(circle.peer, what)
         transport = driver.transports[circle.peer]
         if self._settings.security == "noise":
             transport.credentials = Credentials(circle.identity)
@@ -221,7 +234,36 @@ class _Joined:
             driver.control(control.Stop())
             desk.close()
             circle.close()
+            await self._close_port()
             await running
+
+    async def _open_port(self, listener: socket.socket) -> None:
+        """Have the router open the port where this peer listens, and tell others that one."""
+        settings, circle = self._settings, self._circle
+        if settings.upnp == "off" or self._joining.advertise is not None:
+            return
+        from shoal.engine.live.upnp import Ports  # Its packages are an extra.
+
+        self._ports = Ports(settings.upnp, self._say)
+        host, port = listener.getsockname()[:2]
+        if ":" in host:
+            self._say(f"asks no router for port {port}: it listens on IPv6 (which needs none)")
+        elif (outer := await self._ports.map(host, port, ("TCP",))) is not None:
+            # A private one leads nowhere from outside, where the peer's own may do inside.
+            if ip_address(outer.host).is_global:
+                circle.host, circle.port = outer
+            self._say(f"has port {outer.port} of the router at {outer.host}")
+
+    async def _close_port(self) -> None:
+        if self._ports is not None:
+            await self._ports.close()
+
+    def _say(self, what: str) -> None:
+        """Kept until there is a driver, which reports it."""
+        if self._driver is None:
+            self._said.append(what)
+        else:
+            self._driver.closed(self._circle.peer, what)
 
     def _leads(self) -> bool:
         # Happenings of the fault list are noted by the first peer that exists from the start.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib.util import find_spec
+from ipaddress import IPv4Address
 from typing import Literal
 
 from shoal.base.errors import UsageError
@@ -34,6 +35,10 @@ class LiveSettings:
     carriers: how a connection that both sides open at once may go (`Paths.punch`), tried together:
     "tcp", and "quic" over the datagrams of the same socket, for boxes that let only those pass. It
     needs the package aioquic, ends when the socket is closed, and is for both sides to allow.
+    upnp: whether the router of this network is asked for ports (`Socket.map_port`; by `shoal peer`
+    and `join_live` also for the port where the peer listens): "off"; "auto", for whichever answers;
+    HOST or HOST:PORT, for that one. What it opens lets everybody in, is leased for an hour at a
+    time and taken back at the end. It needs the package async-upnp-client.
 
     >>> LiveSettings(horizon_s=30.0).host
     '127.0.0.1'
@@ -58,6 +63,7 @@ class LiveSettings:
     backoff_s: float = 0.02
     backoff_most_s: float = 0.5
     carriers: tuple[Literal["tcp", "quic"], ...] = ("tcp",)
+    upnp: str = "off"
 
     def __post_init__(self) -> None:
         if self.security not in ("noise", "none"):
@@ -102,3 +108,25 @@ class LiveSettings:
                 'LiveSettings: carriers has "quic", which needs the package aioquic '
                 "(pip install 'shoal[quic]', or use carriers=(\"tcp\",))"
             )
+        if not is_router(self.upnp):
+            raise UsageError(
+                f'LiveSettings: upnp={self.upnp!r} (use "off", "auto", or the IPv4 address of the '
+                "router, such as 192.168.1.1)"
+            )
+        if self.upnp != "off" and find_spec("async_upnp_client") is None:
+            raise UsageError(
+                f"LiveSettings: upnp={self.upnp!r} needs the package async-upnp-client "
+                "(pip install 'shoal[upnp]', or use upnp=\"off\")"
+            )
+
+
+def is_router(text: str) -> bool:
+    """Whether it says which router is asked for ports."""
+    host, colon, port = text.partition(":")
+    if text in ("off", "auto"):
+        return True
+    try:
+        IPv4Address(host)
+    except ValueError:
+        return False
+    return not colon or (port.isdigit() and 0 < int(port) < 1 << 16)

@@ -129,7 +129,8 @@ class Traversal:
         self.reachable = False
         """whether a stranger's datagram came in (AutoNAT): the box filters by no address"""
         self.mapped: Endpoint | None = None
-        """the outer endpoint that the box gave on request, see `Socket.map_port`"""
+        """the outer endpoint that the box gave on request, see `Socket.map_port`; it is used where
+        reflectors see the same address"""
         self._relay, self._other, self._reversal = relay, other, reversal
         self._attempts, self._punches = attempts, punches
         self._gap_s, self._timeout_s, self._keepalive_s = gap_s, timeout_s, keepalive_s
@@ -400,7 +401,10 @@ class Traversal:
     # Datagrams.
 
     def _own(self, key: _Key, attempt: int) -> Connect:
-        place = self.mapped or self.seen.get(self._relay, self.socket.local)
+        place = self.seen.get(self._relay, self.socket.local)
+        # A box behind another one opens a port on a side that nobody here comes from.
+        if self.mapped is not None and self.mapped.host == place.host:
+            place = self.mapped
         _, number, calling = key
         return Connect(
             number, attempt, calling, self.reachable, self.public, *place, self._token(key)
