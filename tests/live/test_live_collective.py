@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,10 +16,12 @@ from shoal.engine.live import LiveSettings, run_live
 from shoal.kernel.peer import Program
 from shoal.lab.bench import _collective
 from shoal.lab.bench.collective import _gloo, recovered_s
+from shoal.parts.collective._errors import CollectiveError, SyncFailed
 from shoal.parts.collective.communicator import Communicator
 from shoal.parts.collective.master import Master
 from shoal.parts.collective.quantised import Quantised
 from shoal.parts.collective.ring import Ring
+from shoal.parts.collective.search import Search
 from shoal.parts.collective.shared_state import SharedState
 from shoal.world.faults import Partition
 from shoal.world.network import Network
@@ -92,6 +95,110 @@ def test_silence_in_mid_reduce_costs_the_others_no_result() -> None:
         WithMaster(program), Network(5, faults=(Partition(who=(4,), at=2.0),)), settings=SETTINGS
     )
     check_survivors(run, 2.0)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Two groups of three. Group 0 reduces without any retry; peer 5, of group 1, is cut off when
+    `CUT_S` have passed."""
+
+    async def run(self, peer: Any) -> None:
+        try:
+            await self.work(peer)
+        except CollectiveError as error:
+            peer.record("lost", 1.0, why=type(error).__name__)
+
+    async def work(self, peer: Any) -> None:
+        own = int(peer.id > 3)
+        ring = Ring(piece_bytes=1 << 12, direct_bytes=1 << 10, checked=True)
+        async with Communicator(peer, 0, group=own, ring=ring) as group:
+            while group.everybody < 6:
+                await group.update_topology()
+                await peer.sleep_until(peer.now() + 0.02)
+            await group.optimize_topology(1 << 16)
+            peer.record("ring", float(group.world_size))
+            state = SharedState({f"shard {own}": torch.full((100 + own,), float(peer.id))}, 5 * own)
+            for round in range(ROUNDS):
+                values = torch.full((40 if round % 2 else 20_000,), 16**peer.id, dtype=torch.int64)
+                if own:
+                    await group.all_reduce_with_retry(values)
+                else:
+                    await group.all_reduce(values)
+                assert bool((values == values[0]).all())
+                peer.record("sum", float(values[0]), operation=str(group.committed))
+                while True:
+                    try:
+                        await group.sync_shared_state(state)
+                        break
+                    except SyncFailed:
+                        continue
+                state.revision += 1
+                await peer.sleep_until(max(peer.now(), CUT_S / 5 * round))
+            (tensor,) = state.tensors.values()
+            peer.record("held", float(tensor[0]), shape=str(len(tensor)))
+
+
+ROUNDS, CUT_S = 10, 4.0
+
+
+def test_two_groups_of_a_grid_on_real_sockets() -> None:
+    run = run_live(
+        WithMaster(Grid()), Network(7, faults=(Partition(who=(5,), at=CUT_S),)),
+        settings=SETTINGS,
+    )  # fmt: skip
+    sums: dict[int, list[float]] = {peer: [] for peer in range(1, 7)}
+    for row in run.series("sum"):
+        sums[row.peer].append(row.value)
+    for peer in (1, 2, 3):
+        assert sums[peer] == [16.0 + 16**2 + 16**3] * ROUNDS
+    for peer in (4, 6):
+        assert len(sums[peer]) == ROUNDS
+        assert sums[peer][0] == 16.0**4 + 16**5 + 16**6
+        assert sums[peer][-1] == 16.0**4 + 16**6
+    by_operation: dict[str, set[float]] = {}
+    for row in run.series("sum"):
+        by_operation.setdefault(dict(row.labels)["operation"], set()).add(row.value)
+    assert all(len(found) == 1 for found in by_operation.values())
+    assert {row.value for row in run.series("ring")} == {3.0}
+    held = {row.peer: (row.value, dict(row.labels)["shape"]) for row in run.series("held")}
+    assert {held[peer] for peer in (1, 2, 3)} == {(1.0, "100")}
+    assert len({held[peer] for peer in (4, 6)}) == 1
+    assert held[4][1] == "101"
+    assert {row.peer for row in run.series("lost")} <= {5}
+
+
+@dataclass(frozen=True)
+class Searches:
+    """A ring is sought while other tasks of the peer go on."""
+
+    peers: int
+
+    async def run(self, peer: Any) -> None:
+        cost = np.random.default_rng(2).uniform(1.0, 9.0, (self.peers, self.peers))
+        beats = 0
+
+        async def beat() -> None:
+            nonlocal beats
+            while True:
+                await peer.sleep_until(peer.now() + 1e-3)
+                beats += 1
+
+        async with peer.tasks() as tasks:
+            beating = tasks.start(beat())
+            search = Search(seconds=1000.0, kicks=1)
+            order = await search.run(peer, cost, tuple(range(self.peers)), lambda: True)
+            beating.cancel()
+        assert order is not None
+        assert beats > 5, "the search held the loop"
+        peer.record("params", torch.tensor(order, dtype=torch.float32))
+
+
+@pytest.mark.parametrize("peers", [17, 24])
+def test_a_search_finds_the_simulators_ring_and_holds_no_loop(peers: int) -> None:
+    real = run_live(Searches(peers), Network(1), settings=SETTINGS)
+    simulated = simulate(Searches(peers), Network(1))
+    assert real.finished
+    assert torch.equal(real.final[0], simulated.final[0])
 
 
 @pytest.mark.slow

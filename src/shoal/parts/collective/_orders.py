@@ -39,24 +39,27 @@ class Orders:
             self._rates[peer, int(target)] = float(rate)
 
     def best(self, group: int, members: Members) -> tuple[list[int], bool]:
-        """A ring of a group's members, and whether a search has found it: the quick tour, or what
-        came of the question of the last call, if nobody came or went and it is better by now."""
-        ring = [peer for peer, _ in members]
-        rates = [[self._rates.get((a, b), 0.0) for b in ring] for a in ring]
-        cost = link_cost(np.array(rates).reshape(len(ring), len(ring)))
+        """A ring of a group's members, and whether a search has found it: the quick tour, the ring
+        as it is, or what came of the question of the last call if nobody came or went; whichever is
+        best by now."""
+        now = [peer for peer, _ in members]
+        # Sorted, so that equal rates give equal rings whatever was before.
+        members = tuple(sorted(members))
+        peers = [peer for peer, _ in members]
+        rates = [[self._rates.get((a, b), 0.0) for b in peers] for a in peers]
+        cost = link_cost(np.array(rates).reshape(len(peers), len(peers)))
         np.fill_diagonal(cost, 0.0)
         quick = Tour()
-        order = quick.order(cost)
-        adopted = False
+        ways = [quick.order(cost), tuple(map(peers.index, now))]
         found = self._found.pop(group, None)
-        if found is not None and set(found.members) == set(members):
-            way = tuple(ring.index(found.members[place][0]) for place in found.known)
-            if tour_cost(cost, way) < tour_cost(cost, order):
-                order, adopted = way, True
+        if found is not None and found.members == members:
+            ways.append(found.known)
+        totals = [tour_cost(cost, way) for way in ways]
+        best = totals.index(min(totals))
         self._questions.pop(group, None)
-        if len(ring) > quick.exact and self._searches:
-            self._questions[group] = Question(group, members, cost, order)
-        return [ring[place] for place in order], adopted
+        if len(peers) > quick.exact and self._searches:
+            self._questions[group] = Question(group, members, cost, ways[best])
+        return [peers[place] for place in ways[best]], best == 2
 
     def changed(self, group: int) -> None:
         """Somebody came or went: what was asked is of no use any more."""

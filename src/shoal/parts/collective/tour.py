@@ -17,6 +17,7 @@ from torch import Tensor
 
 from shoal.base import keyed
 from shoal.base.errors import UsageError
+from shoal.tensor.threads import one_thread
 
 Matrix = np.ndarray
 Order = tuple[int, ...]
@@ -87,9 +88,8 @@ class Tour:
             raise UsageError(
                 f"tour: cost of shape {cost.shape}; need a square matrix of finite numbers"
             )
-        if len(cost) <= self.exact:
-            return done_here(cheapest(cost))
-        return self._search(cost)
+        with one_thread():
+            return done_here(cheapest(cost)) if len(cost) <= self.exact else self._search(cost)
 
     def _search(self, cost: Matrix) -> Order:
         found = []
