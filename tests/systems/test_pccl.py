@@ -11,12 +11,15 @@ import pytest
 
 import shoal
 from shoal.base.errors import UsageError
+from shoal.engine.event.simulation import EventSettings, simulate
 from shoal.lab import discover
 from shoal.lab.cell import cell_of, execute
 from shoal.lab.fuzz import target
 from shoal.lab.launch import launch
 from shoal.lab.processes import run_processes
 from shoal.lab.scenario import Scenario
+from shoal.parts.collective.communicator import Communicator
+from shoal.parts.collective.ring import Ring
 from shoal.systems.collective import _pccl_churn as churn
 from shoal.systems.collective._pccl_claims import everybody_counts_once, one_state_after_each_step
 from shoal.systems.collective.pccl import INVARIANTS, PCCL
@@ -124,6 +127,54 @@ def test_fault_lists_part_no_group(mode: str) -> None:
     assert explored.traces >= 2
 
 
+SMALL = {
+    "steps": 1, "batch_size": 4, "peers": 5, "rounds": 4, "task.hidden": [4],
+    "task.train_samples": 200, "task.holders": None,
+}  # fmt: skip
+
+
+def test_exploration_audits_every_average_unless_told_otherwise() -> None:
+    aim = target("pccl", SMALL)
+    assert aim.program.settings.audit
+    assert not aim.program.settings.quantise
+    assert everybody_counts_once in aim.invariants
+    found = simulate(aim.program, aim.network, settings=EventSettings(horizon_s=aim.horizon_s))
+    applied = found.series("state")
+    assert len(applied) == 4 * 5
+    assert [r.labels for r in found.series("voters")] == [r.labels for r in applied]
+    assert {r.value for r in found.series("voters")} == {0b11111}
+
+
+@pytest.mark.parametrize("wrong", ["twice", "never"])
+def test_exploration_finds_a_contribution_that_counts_twice_or_never(
+    wrong: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that goes wrong only where a ring begins again, which takes a fault."""
+    whole = Ring.reduce
+
+    async def reduce(self: Any, peer: Any, operation: int, order: Any, values: Any, *rest: Any
+                     ) -> Any:  # fmt: skip
+        again = getattr(values, "begun", False)
+        values.begun = True
+        if again and peer.id == order[0]:
+            values = values * (2.0 if wrong == "twice" else 0.0)
+        return await whole(self, peer, operation, order, values, *rest)
+
+    async def kept(self: Any, values: Any, *args: Any, **settings: Any) -> None:
+        # The tensor of a retry is the same one.
+        flat = values.view(-1)
+        values.view = lambda *_: flat
+        await retried(self, values, *args, **settings)
+
+    retried = Communicator.all_reduce_with_retry
+    monkeypatch.setattr(Ring, "reduce", reduce)
+    monkeypatch.setattr(Communicator, "all_reduce_with_retry", kept)
+    explored = target("pccl", {**SMALL, "direct": False}).explore(4)
+    assert explored.failures
+    assert explored.failures[0].problem.where == "everybody_counts_once"
+    assert explored.failures[0].generated
+
+
 def row(name: str, value: float, peer: int, step: int) -> Row:
     labels = (("operation", "7"), ("step", str(step)))
     return Row(name, value, 1.0, step, peer, labels)
@@ -141,6 +192,9 @@ def test_checkers_see_what_they_are_for() -> None:
     assert "wrong by 0.5" in (everybody_counts_once(Run("event", 0, 3, doubled)) or "")
     two = [row("voters", 0b110, 1, 2), row("voters", 0b111, 2, 2)]
     assert "two different sets" in (everybody_counts_once(Run("event", 0, 3, two)) or "")
+    unseen = [row("voters", 0b110, 1, 2), row("state", 5.0, 1, 2), row("state", 5.0, 2, 2)]
+    assert "peer 2 was not audited" in (everybody_counts_once(Run("event", 0, 3, unseen)) or "")
+    assert everybody_counts_once(Run("event", 0, 3, unseen[1:])) is None
 
 
 @pytest.mark.parametrize(

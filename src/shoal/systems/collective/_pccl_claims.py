@@ -72,7 +72,10 @@ def one_state_after_each_step(run: Run) -> str | None:
 
 
 def everybody_counts_once(run: Run) -> str | None:
-    """No gradient is missing from an average that its peer applied, and none is in it twice."""
+    """No gradient is missing from an average that its peer applied, and none is in it twice.
+
+    Where averages are audited all of them are: a step without its ballots would escape.
+    """
     for row in run.series("miscounted"):
         if row.value:
             return f"an average of peer {row.peer} is wrong by {row.value:.3g} at {row.time_s} s"
@@ -84,6 +87,11 @@ def everybody_counts_once(run: Run) -> str | None:
             return f"peer {row.peer} applied step {key[0]} without being in it"
         if voters.setdefault(key, row.value) != row.value:
             return f"step {key[0]}, operation {key[1]}: two different sets of peers"
+    if voters:
+        audited = {(row.peer, row.labels) for row in run.series("voters")}
+        for row in run.series("state"):
+            if (row.peer, row.labels) not in audited:
+                return f"step {dict(row.labels)['step']} of peer {row.peer} was not audited"
     return None
 
 
