@@ -169,7 +169,7 @@ def test_exploration_finds_a_contribution_that_counts_twice_or_never(
     retried = Communicator.all_reduce_with_retry
     monkeypatch.setattr(Ring, "reduce", reduce)
     monkeypatch.setattr(Communicator, "all_reduce_with_retry", kept)
-    explored = target("pccl", {**SMALL, "direct": False}).explore(4)
+    explored = target("pccl", {**SMALL, "direct": False}).explore(8)
     assert explored.failures
     assert explored.failures[0].problem.where == "everybody_counts_once"
     assert explored.failures[0].generated

@@ -125,6 +125,9 @@ class InStep:
     RevisionViolation, Diverged: connect anew and call `run` again with the same state), and
     TooFewPeers after `patience_s`.
 
+    Assumes that its group is the only one of the master: which joint call comes next follows from
+    what happens to this group, and others would not know of it.
+
     >>> InStep(steps=100).asynchronous
     False
     """

@@ -326,8 +326,13 @@ SYSTEM = System(
         "DiLoCo one step late goes on from each peer's own result (eager updates, arXiv "
         "2502.12996); starting from parameters that do not know of it, as the published loop "
         "does, overshoots with outer momentum 0.9 (arm async_plain)",
-        "the ring is reordered by the exact tour up to 12 peers and by local search above, at "
-        "once; there is no background search",
+        "the ring is reordered at once by the exact tour up to 12 peers (8 there) and by local "
+        "search above; the search that follows in the background is exact up to 20 peers, else "
+        "iterated local search (segment exchanges and reversals, perturbed by double bridges) for "
+        "at most 30 s, without tabu lists and ant colonies; it works in slices of some 10 ms "
+        "between the master's other duties",
+        "every call of optimize_topology measures all links of each group anew, not only missing "
+        "ones: what the search found is adopted only where it is better by the new rates",
         "bytes are those of the tensors, scales of the bytes included; headers are counted in "
         "bytes_sent",
         "small tensors go straight to the owners of their chunks by default (direct=False, as in "
