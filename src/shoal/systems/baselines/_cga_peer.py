@@ -165,17 +165,20 @@ class Node:
         payload, codec = transform.encode(vector, codec, there(self.peer.key(*key)))
         return Packed(payload), transform.decode(payload), codec
 
-    def _read(self, told: Any, like: Vector) -> Vector | None:
+    def _read(self, told: Model | Cross | None, like: Vector) -> Vector | None:
         """The vector in a message; None when there is no message, or it was damaged."""
-        if told is None or told.check != checksum(*astuple(told)[:-1]):
+        if told is None or not _intact(told):
             return None
-        content: Any = told.payload.content
-        transform = self.workload.transform
+        content, transform = told.payload.content, self.workload.transform
         try:
             if isinstance(content, bytes | bytearray | memoryview):
                 content = self.workload.there(transform.unpack(content))
-            vector: Tensor = transform.decode(content)
+            vector: Tensor = transform.decode(content)  # type: ignore[arg-type]
         except WireError:
             return None
         fits = vector.shape == like.shape and bool(vector.isfinite().all())
         return vector.to(like.dtype) if fits else None
+
+
+def _intact(told: Any) -> bool:
+    return told.check == checksum(*astuple(told)[:-1])

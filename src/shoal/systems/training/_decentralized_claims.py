@@ -22,8 +22,12 @@ def islands_are_silent(run: Run) -> str | None:
 
 
 def experts_count_once(run: Run) -> str | None:
-    """Peer 0 takes each expert once, and counts those that it has taken and its own."""
-    taken = [int(row.value) for row in run.series("taken")]
+    """Peer 0 takes each expert once, and counts those that it has taken and its own.
+
+    In the life of a store: who has delivered does not send again to one that has lost everything.
+    """
+    begun_s = max((row.time_s for row in run.series("fresh")), default=0.0)
+    taken = [int(row.value) for row in run.series("taken") if row.time_s >= begun_s]
     if len(set(taken)) < len(taken):
         return f"experts taken twice: {taken}"
     found = run.series("experts")

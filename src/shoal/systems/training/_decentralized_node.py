@@ -23,6 +23,7 @@ from shoal.parts.tasks import Flow, Routing
 from shoal.rounds.task import Shard, Task
 from shoal.tensor import keyed, tree
 from shoal.tensor.types import Key, Mask, Vector
+from shoal.wire.checksum import checksum
 from shoal.wire.message import Packed, message
 
 if TYPE_CHECKING:
@@ -35,9 +36,10 @@ LOOKS = 64
 
 @message
 class Checkpoint:
-    """A finished expert."""
+    """A finished expert, and its checksum."""
 
     payload: Packed
+    check: int
 
 
 @message
@@ -187,10 +189,12 @@ class Island:
         peer, settings, transform = self.peer, self.bound.settings, self.workload.transform
         key = self.workload.there(peer.key("encode"))
         payload, _ = transform.encode(expert, transform.init(expert), key)
+        packed = Packed(payload)
+        finished = Checkpoint(packed, checksum(packed))
         for _ in range(settings.tries):
             again_s = peer.now() + settings.retry_s
             try:
-                await peer.request(COLLECTOR, Checkpoint(Packed(payload)), deadline=again_s)
+                await peer.request(COLLECTOR, finished, deadline=again_s)
                 return
             except PeerError:
                 await peer.sleep_until(again_s)
@@ -199,7 +203,10 @@ class Island:
     # Peer 0.
 
     async def _take(self, envelope: Envelope[Checkpoint]) -> Taken:
-        vector = self._opened(envelope.message.payload)
+        told = envelope.message
+        if told.check != checksum(told.payload):
+            raise WireError(f"the expert of {envelope.source} was damaged on its way")
+        vector = self._opened(told.payload)
         if vector is None:
             return Taken(False)
         source = envelope.source
@@ -227,6 +234,8 @@ class Island:
             kept = self.peer.store.get(f"from/{source}")
             if kept is not None:
                 self.experts[source] = self.workload.there(kept)
+        if not self.experts and self.peer.store.get("expert/0") is None:
+            self.peer.record("fresh", 1)
 
     async def _gather(self) -> None:
         """Train the router, wait for the others, and try what is there."""

@@ -60,7 +60,8 @@ class DecentralizedDiffusion:
     `shoal.parts.flow.ensemble.Rule`. retry_s, tries: how long an expert waits for peer 0 to take
     it, and how often it is sent; patience_s: how long peer 0 waits for one more expert.
 
-    Assumes that peer 0 comes back if it crashes; without it nothing is generated.
+    Assumes that peer 0 comes back if it crashes, with its store: experts that it had taken are gone
+    with that, and without peer 0 nothing is generated.
 
     >>> DecentralizedDiffusion(rules=("top1",)).rules
     ('top1',)
