@@ -256,10 +256,10 @@ def test_everything_that_rounds_may_change_is_kept_or_made_anew() -> None:
         },
         "World": {
             "method", "network", "measure", "offset", "rows", "run", "timeline", "peers", "key",
-            "_wires", "_slots", "_asked",
+            "_wires", "_slots", "_asked", "_spans",
         },
         "Timeline": {"faults", "_absent"},
-        "Wires": {"network"},
+        "Wires": {"network", "_latency_s", "uplink", "downlink"},
         "Measure": {"task", "_final", "_each", "_chosen", "_honest", "_open"},
     }  # fmt: skip
     kept = {

@@ -140,6 +140,32 @@ def test_losses_and_gradients_are_those_of_autograd(name: str, batching: str) ->
 
 
 @pytest.mark.parametrize(("name", "batching"), PAIRS)
+def test_several_steps_are_steps_one_by_one(name: str, batching: str) -> None:
+    """And the models that they begin with stay what they were."""
+    case = CASES[name]
+    task = build(case, batching)
+    params, batch = models(task), ragged(case)
+    here = batch.mask.any(-1, keepdim=True)
+    assert not here.all()
+    orders = [torch.arange(BATCH), torch.arange(BATCH).flip(0), torch.arange(BATCH).roll(2)]
+    batches = Batch(*(torch.stack([t[:, o] for o in orders]) for t in vars(batch).values()))
+    before = params.clone()
+    for drift in (None, 0.1 * models(task).flip(0)):
+        expected = params
+        for some in map(Batch, batches.x, batches.y, batches.mask):
+            way = task.grad(expected, some)
+            # A row without samples takes no step, whatever it would be pulled to.
+            way = way if drift is None else way + here * drift
+            expected = expected - 0.2 * way
+        found = task.walked(params, batches, 0.2, drift)
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
+        assert torch.equal(params, before)
+    alone = Batch(*(t[:, 0] for t in vars(batches).values()))
+    single = task.walked(params[0], alone, 0.2)
+    torch.testing.assert_close(single, task.walked(params, batches, 0.2)[0], rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize(("name", "batching"), PAIRS)
 def test_clipped_sums_are_those_of_a_loop_over_samples(name: str, batching: str) -> None:
     case = CASES[name]
     task = build(case, batching)

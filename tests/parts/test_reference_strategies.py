@@ -77,6 +77,14 @@ class Bowls:
     ) -> Tensor:
         return params - rate * self.grad(params, batch)
 
+    def walked(
+        self, params: Tensor, batches: Batch, rate: float, drift: Tensor | None = None
+    ) -> Tensor:
+        for batch in map(Batch, batches.x, batches.y, batches.mask):
+            grad = self.grad(params, batch)
+            params = params - rate * (grad if drift is None else grad + drift)
+        return params
+
     def evaluate(self, params: Tensor) -> dict[str, Tensor]:
         return {"loss": ((params - self.best) ** 2).sum(-1)}
 

@@ -121,14 +121,19 @@ def draws(task: Task, shard: Shard, key: Key, steps: range, size: int) -> Iterat
 
     Samples of several steps are drawn in one call: a draw costs as much as a small step.
     """
+    for drawn in _drawn(task, shard, key, steps, size):
+        yield from map(Batch, drawn.x, drawn.y, drawn.mask)
+
+
+def _drawn(task: Task, shard: Shard, key: Key, steps: range, size: int) -> Iterator[Batch]:
+    """Batches [some steps, ..., batch] of all steps, in order."""
     step_bytes = key.numel() * size * getattr(task, "sample_bytes", DRAWN_BYTES)
     ahead = max(1, DRAWN_BYTES // max(1, step_bytes))
     for first in range(0, len(steps), ahead):
         some = steps[first : first + ahead]
         numbers = torch.arange(some.start, some.stop, some.step, device=key.device)
         keys = keyed.fold(key, numbers.view(-1, *(1,) * key.dim()))
-        drawn = task.batch(_repeated(shard, len(some)), keys, size)
-        yield from map(Batch, drawn.x, drawn.y, drawn.mask)
+        yield task.batch(_repeated(shard, len(some)), keys, size)
 
 
 def _repeated(shard: Shard, times: int) -> Shard:
@@ -150,6 +155,10 @@ def _descend(
     fused = gradient is None and correct is None and not isinstance(scale, Tensor)
     if gradient is None:
         gradient = _plain
+    if fused and plain is not None and steps:
+        for drawn in _drawn(task, shard, key, range(steps), batch_size):
+            params = task.walked(params, drawn, plain * float(scale), drift)
+        return params, state
     # The caller's tensors stay whole: the first step makes new ones, which later steps overwrite.
     own = False
     for batch in _batches(task, shard, key, steps, epochs, batch_size):

@@ -90,6 +90,17 @@ class Task(Protocol):
         """
         ...
 
+    def walked(
+        self, params: Vector, batches: Batch, rate: float, drift: Vector | None = None
+    ) -> Vector:
+        """A step along gradient plus drift [..., dim] for each batch of [steps, ..., batch].
+
+        A row has samples in all of these batches or in none, and then stays where it is. One call,
+        as a task can keep what it works on in the order that suits it; in the last bits the outcome
+        may differ from steps one by one.
+        """
+        ...
+
     def clipped_grad_sum(self, params: Vector, batch: Batch, clip: float) -> Vector:
         """Sum over samples of per-sample gradients, each scaled to norm at most `clip`."""
         ...

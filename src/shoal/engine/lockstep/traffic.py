@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -53,11 +54,33 @@ class Wires:
     up_free: Tensor
     queued: dict[type, Queued] = field(default_factory=dict)
     """the latest wave of each kind of message"""
+    _latency_s: dict[type, tuple[Slots, Tensor]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, network: Network) -> Wires:
         free = torch.zeros(network.peers, dtype=torch.float64, device="cpu")
         return cls(network, free)
+
+    # What links draw once for a run is asked for once: draws cost more than a wave's arithmetic.
+
+    @cached_property
+    def uplink(self) -> Tensor:
+        """Bytes per second [peers]."""
+        return self.network.links.uplink_of(torch.arange(self.network.peers))
+
+    @cached_property
+    def downlink(self) -> Tensor:
+        """Bytes per second [peers]."""
+        return self.network.links.downlink_of(torch.arange(self.network.peers))
+
+    def latency_s(self, kind: type, slots: Slots) -> Tensor:
+        """Of each link of a wave, [receivers, k]; kept while waves of a kind stay the same."""
+        known = self._latency_s.get(kind)
+        if known is None or known[0] is not slots:
+            target = slots.receiver.unsqueeze(-1).expand_as(slots.source)
+            found = self.network.links.latency_of_s(slots.source, target)
+            known = self._latency_s[kind] = (slots, found)
+        return known[1]
 
 
 @dataclass(frozen=True)
@@ -122,8 +145,7 @@ def arrivals(
     up_free, queued = wires.up_free, None
     size = size_bytes[source].to(torch.float64)
     if links.sharing:
-        peers = torch.arange(len(sent_s))
-        service = size_bytes.to(torch.float64) / links.uplink_of(peers)
+        service = size_bytes.to(torch.float64) / wires.uplink
         clear = torch.maximum(sent_s, up_free)
         begin = torch.where(sends, clear[source] + slots.rank * service[source], math.inf)
         end = begin + service[source]
@@ -132,14 +154,14 @@ def arrivals(
     if links.windowed:
         # The way to a receiver is free again before the next wave, which waits for this one.
         end = torch.maximum(end, begin + size / links.path_of(source, target))
-    delay = links.latency_of_s(source, target) + links.jitter_of_s(source, target, key)
+    delay = wires.latency_s(kind, slots) + links.jitter_of_s(source, target, key)
     blocked, extra, held = timeline.on_links(
         source, target, torch.where(sends, sent_s[source], -1.0)
     )
     lost = links.lost(source, target, key, extra) & ~blocked
     passes = sends & ~blocked & ~lost
     if links.sharing:
-        taking = size / links.downlink_of(target)
+        taking = size / wires.downlink[slots.receiver].unsqueeze(-1)
         first = torch.maximum(torch.maximum(begin + delay, end + delay - taking), held)
         earlier = wires.queued.get(kind)
         arrive = _served(first, taking, passes, earlier, slots.receiver, len(sent_s))

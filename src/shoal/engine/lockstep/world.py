@@ -68,6 +68,8 @@ class World:
         self._wires = Wires.of(network)
         self._slots: dict[int, tuple[Hop, Tensor, Slots]] = {}
         self._asked: tuple[Tensor, Slots] | None = None
+        self._spans: dict[Cost, Tensor] = {}
+        """how long a cost takes every peer without faults"""
         self._round = 0
 
     # Lives.
@@ -192,7 +194,9 @@ class World:
         return torch.where(who & (self.clock < self.timeline.death), self.clock, math.inf)
 
     def _seconds(self, cost: Cost) -> Tensor:
-        seconds = self.network.device.seconds(self.peers, cost)
+        seconds = self._spans.get(cost)
+        if seconds is None:
+            seconds = self._spans[cost] = self.network.device.seconds(self.peers, cost)
         return seconds * self.timeline.slowness(self.clock) if self.timeline.faults else seconds
 
     def report(self, round: int, numbers: Mapping[str, Tensor]) -> None:

@@ -80,7 +80,10 @@ class Linear:
             if dx is not None:
                 torch.bmm(run.params[self.weight].transpose(1, 2), dy, out=dx)
             if run.results is not None:
-                run.give(self.weight, torch.bmm(dy, turned, out=buffer))
+                if run.lying_close and run.rate is not None:
+                    run.results[self.weight].baddbmm_(dy, turned, alpha=-run.rate)
+                else:
+                    run.give(self.weight, torch.bmm(dy, turned, out=buffer))
                 if self.bias:
                     run.give(self.bias, dy.sum(-1))
             if run.squares is not None:

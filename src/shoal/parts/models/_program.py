@@ -32,13 +32,15 @@ class Pass:
 
     Unless `results` is None it takes the gradients or, with a `rate`, the parameters after a step
     against them; it may then be the parameters themselves. Each sample's squared gradient norm is
-    added to `squares` [rows, batch] unless that is None.
+    added to `squares` [rows, batch] unless that is None. lying_close: each parameter is a tensor
+    of its own, in which a product may end.
     """
 
     params: Views
     results: Views | None = None
     squares: Tensor | None = None
     rate: float | None = None
+    lying_close: bool = False
 
     def give(self, name: str, gradient: Tensor) -> None:
         """Take in a parameter's gradient [rows, *]. The parameter may be another one after it."""

@@ -14,6 +14,8 @@ from torch import Tensor
 from shoal.parts.models._program import Layer, Pass, Program, Value
 from shoal.tensor.flat import FlatSpec
 
+add_each = torch._foreach_add_  # pyright: ignore[reportPrivateImportUsage]
+
 OutputGradient = Callable[[Tensor, slice], Tensor]
 """(output [rows, batch, *], which rows) -> its gradient of the same shape."""
 
@@ -62,6 +64,33 @@ class Stacked:
             params if donate else torch.empty_like(params, memory_format=torch.contiguous_format)
         )
         self._backward(params, x, output_gradient, result, rate)
+        return result
+
+    def walked(
+        self, params: Tensor, x: Tensor, output_gradient: Callable[[Tensor, int, slice], Tensor],
+        rate: float, drift: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        """As many steps as x [steps, rows, batch, *] has, each along gradient plus drift.
+
+        Some rows take all their steps before the next ones take their first, and on the way every
+        parameter is a tensor of its own: both keep what is worked on in the cache.
+        """
+        result = torch.empty_like(params, memory_format=torch.contiguous_format)
+        for rows in self._chunks(params, x[0]):
+            bound = self._bound(params, x[0], rows.stop - rows.start, training=True)
+            own = {name: view.clone() for name, view in self._views(params[rows]).items()}
+            run = Pass(own, own, rate=rate, lying_close=True)
+            mine = list(own.values())
+            apart = None if drift is None else list(self._views(drift[rows]).values())
+            for step in range(x.shape[0]):
+                bound.enter(x[step, rows])
+                bound.run_forward(run)
+                bound.start_backward(output_gradient(bound.output, step, rows))
+                bound.run_backward(run)
+                if apart is not None:
+                    add_each(mine, apart, alpha=-rate)
+            for name, view in self._views(result[rows]).items():
+                view.copy_(own[name])
         return result
 
     def _backward(

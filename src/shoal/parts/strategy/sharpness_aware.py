@@ -110,10 +110,12 @@ class SharpnessAware:
     def local(self, state: State, step: Step) -> tuple[State, Parcel]:
         optimizer = self._optimizer
         steps = self.steps or (None if self.epochs else 20)
+        # Without a radius the steps are plain ones, which are made in another way.
+        gradient = partial(sam_gradient, rho=self.rho) if self.rho else None
         params, _ = descend(
             step.task, optimizer, state.params, optimizer.init(state.params), step,
             steps=steps, epochs=self.epochs, batch_size=self.batch_size,
-            scale=self.lr_decay**step.round, gradient=partial(sam_gradient, rho=self.rho),
+            scale=self.lr_decay**step.round, gradient=gradient,
         )  # fmt: skip
         weight = step.shard.size.to(torch.float64) if self.by_samples else None
         return State(params, state.spread), Parcel(params, weight)

@@ -5,6 +5,7 @@ Outputs lie `[n, *]` and targets `[n, *]`; n runs over samples of all rows.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -27,7 +28,11 @@ class Loss(Protocol):
         ...
 
     def gradient(self, output: Tensor, y: Tensor, weight: Tensor) -> Tensor:
-        """Gradient of `(weight * each(output, y)).sum()` by output."""
+        """Gradient of `(weight * each(output, y)).sum()` by output.
+
+        Samples may lie along several axes, `[..., *]` with a weight `[...]`; outputs in any order
+        of memory, in which the gradient will lie too.
+        """
         ...
 
 
@@ -50,9 +55,8 @@ class CrossEntropy:
         return losses.reshape(losses.shape[0], -1).mean(-1)
 
     def gradient(self, output: Tensor, y: Tensor, weight: Tensor) -> Tensor:
-        lead = (-1, *(1,) * (output.dim() - 1))
-        positions = max(1, output[:1].numel() // output.shape[-1])
-        share = (weight if positions == 1 else weight / positions).view(lead)
+        positions = max(1, math.prod(output.shape[weight.dim() : -1]))
+        share = _beside(weight if positions == 1 else weight / positions, output)
         soft = _softmax(output)
         if y.is_floating_point():
             return (soft * y.sum(-1, keepdim=True)).sub_(y).mul_(share)
@@ -80,8 +84,13 @@ class SquaredError:
         return (output - y.view_as(output)).square().reshape(output.shape[0], -1).mean(-1)
 
     def gradient(self, output: Tensor, y: Tensor, weight: Tensor) -> Tensor:
-        share = weight * (2.0 / max(1, output[0].numel() if output.shape[0] else 1))
-        return (output - y.view_as(output)).mul_(share.view(-1, *(1,) * (output.dim() - 1)))
+        share = weight * (2.0 / max(1, math.prod(output.shape[weight.dim() :])))
+        return (output - y.view_as(output)).mul_(_beside(share, output))
+
+
+def _beside(weight: Tensor, output: Tensor) -> Tensor:
+    """A sample's weight, to be multiplied with all of its outputs."""
+    return weight.view(*weight.shape, *(1,) * (output.dim() - weight.dim()))
 
 
 @dataclass(frozen=True)
@@ -97,9 +106,13 @@ class OwnLoss:
         return torch.func.vmap(single, randomness="error")(output, y)
 
     def gradient(self, output: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+        lead = weight.dim()
+        flat = output.detach().reshape(-1, *output.shape[lead:])
         with torch.enable_grad():
-            leaf = output.detach().clone().requires_grad_()
-            return torch.autograd.grad((self.each(leaf, y) * weight).sum(), leaf)[0]
+            leaf = flat.clone().requires_grad_()
+            each = self.each(leaf, y.reshape(-1, *y.shape[lead:]))
+            found = torch.autograd.grad((each * weight.reshape(-1)).sum(), leaf)[0]
+        return found.view(output.shape)
 
 
 _NAMED = {

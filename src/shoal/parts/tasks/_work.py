@@ -38,6 +38,19 @@ class Work(Protocol):
         donate: bool,
     ) -> Tensor: ...  # fmt: skip
 
+    def walked(
+        self,
+        params: Tensor,
+        x: Tensor,
+        y: Tensor,
+        weight: Tensor,
+        loss: Loss,
+        rate: float,
+        drift: Tensor | None,
+    ) -> Tensor:
+        """Several steps: x, y and weight have an axis of steps in front."""
+        ...  # fmt: skip
+
     def clipped(
         self, params: Tensor, x: Tensor, y: Tensor, weight: Tensor, loss: Loss, clip: float
     ) -> Tensor: ...
@@ -61,6 +74,15 @@ class StackedWork:
     ) -> Tensor:  # fmt: skip
         return self.model.descended(params, x, _of_output(y, weight, loss), rate, donate)
 
+    def walked(
+        self, params: Tensor, x: Tensor, y: Tensor, weight: Tensor, loss: Loss, rate: float,
+        drift: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        def gradient(output: Tensor, step: int, rows: slice) -> Tensor:
+            return loss.gradient(output, y[step, rows], weight[step, rows])
+
+        return self.model.walked(params, x, gradient, rate, drift)
+
     def clipped(
         self, params: Tensor, x: Tensor, y: Tensor, weight: Tensor, loss: Loss, clip: float
     ) -> Tensor:
@@ -69,13 +91,7 @@ class StackedWork:
 
 def _of_output(y: Tensor, weight: Tensor, loss: Loss) -> OutputGradient:
     def gradient(output: Tensor, rows: slice) -> Tensor:
-        targets = y[rows]
-        flat = loss.gradient(
-            output.reshape(-1, *output.shape[2:]),
-            targets.reshape(-1, *targets.shape[2:]),
-            weight[rows].reshape(-1),
-        )
-        return flat.view(output.shape)
+        return loss.gradient(output, y[rows], weight[rows])
 
     return gradient
 
@@ -134,6 +150,16 @@ class ModuleWork:
     ) -> Tensor:  # fmt: skip
         found = self.gradient(params, x, y, weight, loss)
         return params.sub_(found, alpha=rate) if donate else torch.sub(params, found, alpha=rate)
+
+    def walked(
+        self, params: Tensor, x: Tensor, y: Tensor, weight: Tensor, loss: Loss, rate: float,
+        drift: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        for step, batch in enumerate(zip(x, y, weight, strict=True)):
+            params = self.descended(params, *batch, loss, rate, step > 0)
+            if drift is not None:
+                params.sub_(drift, alpha=rate)
+        return params
 
     def _one(self, params: Tensor, x: Tensor, y: Tensor, weight: Tensor, loss: Loss) -> Tensor:
         if self.channels_last and x.dim() == 4:

@@ -29,6 +29,9 @@ HEAVY_FLOPS = 50e6
 """A call above this keeps a core busy by itself: batching rows would only cost memory."""
 
 
+_NO_AXES = torch.Size(())
+
+
 class ModuleTask:
     """A learning problem over a module's flat parameters.
 
@@ -222,6 +225,20 @@ class ModuleTask:
             found = self.work.descended(params, x, y, weight, self.loss_rule, rate, donate)
         return found.view(*lead, self.spec.dim)
 
+    def walked(
+        self, params: Vector, batches: Batch, rate: float, drift: Vector | None = None
+    ) -> Vector:
+        lead, params, x, y, mask = self._rows(params, batches, batches.mask.shape[:1])
+        weight = mask.to(params.dtype) / mask.sum(-1, keepdim=True).clamp_min(1)
+        if drift is not None:
+            drift = drift.expand(*lead, -1).reshape(-1, self.spec.dim)
+            here = mask[0].any(-1)
+            if not (here.is_cpu and bool(here.all())):
+                drift = torch.where(here.unsqueeze(-1), drift, 0.0)
+        with torch.no_grad():
+            found = self.work.walked(params, x, y, weight, self.loss_rule, rate, drift)
+        return found.view(*lead, self.spec.dim)
+
     def clipped_grad_sum(self, params: Vector, batch: Batch, clip: float) -> Vector:
         if not clip > 0:
             raise UsageError(f"clipped_grad_sum: clip={clip}; need a norm above 0")
@@ -269,23 +286,26 @@ class ModuleTask:
         return flat.view(output.shape[:2])
 
     def _rows(
-        self, params: Vector, batch: Batch
+        self, params: Vector, batch: Batch, front: torch.Size = _NO_AXES
     ) -> tuple[torch.Size, Vector, Tensor, Tensor, Mask]:
-        """Leading axes joined: params [rows, dim], x and y [rows, batch, *], mask [rows, batch]."""
-        lead, other = params.shape[:-1], batch.mask.shape[:-1]
+        """Leading axes joined: params [rows, dim], x and y [rows, batch, *], mask [rows, batch].
+
+        Axes in `front` of those, which the batch alone has, stay what they are.
+        """
+        lead, other = params.shape[:-1], batch.mask.shape[len(front) : -1]
         if lead != other:
             # Not always: torch works this out in Python, for longer than a small product takes.
             lead = torch.broadcast_shapes(lead, other)
         size = batch.mask.shape[-1]
         params = params.expand(*lead, -1).reshape(-1, self.spec.dim)
-        mask = batch.mask.expand(*lead, size).reshape(-1, size)
-        x = _join(batch.x, batch.mask, lead)
-        y = _join(batch.y, batch.mask, lead)
+        mask = batch.mask.expand(*front, *lead, size).reshape(*front, -1, size)
+        x = _join(batch.x, batch.mask, front, lead)
+        y = _join(batch.y, batch.mask, front, lead)
         if not (mask.is_cpu and bool(mask.all())):
             # On a device a look would cost a wait in every step, and a copy costs less. A masked
             # sample's numbers are arbitrary: not even a NaN of it may enter a product.
-            x = x.masked_fill(~mask.view(*mask.shape, *(1,) * (x.dim() - 2)), 0)
-            y = y.masked_fill(~mask.view(*mask.shape, *(1,) * (y.dim() - 2)), 0)
+            x = x.masked_fill(~mask.view(*mask.shape, *(1,) * (x.dim() - mask.dim())), 0)
+            y = y.masked_fill(~mask.view(*mask.shape, *(1,) * (y.dim() - mask.dim())), 0)
         x = x.to(params.dtype) if x.is_floating_point() else x
         return lead, params, x, y.to(params.dtype) if y.is_floating_point() else y, mask
 
@@ -375,9 +395,9 @@ def _gather_labels(labels: Tensor, place: Index) -> Tensor:
     return labels.gather(place.dim() - 1, index)
 
 
-def _join(value: Tensor, mask: Mask, lead: torch.Size) -> Tensor:
+def _join(value: Tensor, mask: Mask, front: torch.Size, lead: torch.Size) -> Tensor:
     rest = value.shape[mask.dim() - 1 :]
-    return value.expand(*lead, *rest).reshape(-1, *rest)
+    return value.expand(*front, *lead, *rest).reshape(*front, -1, *rest)
 
 
 def _right(output: Tensor, y: Tensor) -> Tensor:

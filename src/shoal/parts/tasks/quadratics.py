@@ -158,6 +158,14 @@ class Quadratics:
     ) -> Vector:
         return params - rate * self.grad(params, batch)
 
+    def walked(
+        self, params: Vector, batches: Batch, rate: float, drift: Vector | None = None
+    ) -> Vector:
+        for batch in map(Batch, batches.x, batches.y, batches.mask):
+            grad = self.grad(params, batch)
+            params = params - rate * (grad if drift is None else grad + drift)
+        return params
+
     def clipped_grad_sum(self, params: Vector, batch: Batch, clip: float) -> Vector:
         if not clip > 0:
             raise UsageError(f"clipped_grad_sum: clip={clip}; need a norm above 0")
