@@ -123,3 +123,17 @@ def test_any_strategy_runs_without_rounds() -> None:
     assert found.finished
     pieces = build(replace(WORLD, seed=1))
     assert network_of(WORLD, pieces).peers == len(found.final)
+
+
+def test_news_count_once_and_damaged_ones_not_at_all() -> None:
+    faults = [{"kind": "corrupt", "who": [0, 1], "at": 0.0, "probability": 1.0}]
+    for changes in ({}, {"faults": faults}):
+        found = run(WORLD.with_settings(changes))
+        used = Counter(
+            (row.peer, news) for row in found.series("used")
+            for news in dict(row.labels)["news"].split()
+        )  # fmt: skip
+        assert used
+        assert max(used.values()) == 1
+        sources = {news.split(".")[0] for _, news in used}
+        assert ("0" in sources) == (not changes)

@@ -2,7 +2,7 @@
 
 Each peer takes a turn once per period, on its own clock: local work, a message to every neighbour,
 then the combination of what has come in since its last turn, and `apply`. A message is used once,
-and of two from one neighbour the later one. Whoever is slow, lost or dead is missing from what the
+and of two from one neighbour that of the later turn. Whoever is slow, lost or dead is missing from what the
 others combine, and costs them no time.
 """
 
@@ -25,6 +25,7 @@ from shoal.rounds.strategy import Strategy
 from shoal.rounds.transform import Payload
 from shoal.rounds.workload import Workload
 from shoal.tensor.types import Mask, Vector
+from shoal.wire.checksum import checksum
 from shoal.wire.message import Packed, message
 
 TYPICAL_FLOPS_PER_S = 1e8
@@ -33,11 +34,14 @@ TYPICAL_FLOPS_PER_S = 1e8
 
 @message
 class News:
-    """What a peer has to say in a turn. weight: None when the strategy gives none."""
+    """What a peer has to say in a turn. weight: None when the strategy gives none; check: the
+    checksum of the rest, since what was damaged must not be averaged."""
 
+    turn: int
     payload: Packed
     weight: float | None
     extra: dict[str, Tensor]
+    check: int
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,8 @@ class Unpaced:
 
     A run of `rounds` lasts that many periods; a slow peer takes fewer turns. Mixing weights of a
     topology belong to rounds in which everybody is heard and are not used: rows count by the
-    weights that parcels carry, or equally. Turns of a strategy are numbered like rounds.
+    weights that parcels carry, or equally. Turns of a strategy are numbered like rounds. Each turn
+    records "used": how many news went into it, and in the label `news` whose, of which turn.
     """
 
     strategy: Strategy
@@ -110,9 +115,13 @@ class Unpaced:
 
 
 async def _listen(peer: Peer, own: _Own, end_s: float) -> None:
-    """Keep the latest news of each neighbour."""
+    """Keep the latest news of each neighbour; what a newer one has overtaken is of no use."""
+    last: dict[int, int] = {}
     while (heard := await peer.recv(News, deadline=end_s)) is not None:
-        own.news[int(heard.source)] = heard.message
+        told, source = heard.message, int(heard.source)
+        sound = told.check == checksum(told.turn, told.payload, told.weight, told.extra)
+        if sound and told.turn > last.get(source, -1):
+            own.news[source], last[source] = told, told.turn
 
 
 async def _turns(peer: Peer, own: _Own, end_s: float) -> None:
@@ -132,9 +141,11 @@ async def _turns(peer: Peer, own: _Own, end_s: float) -> None:
             phases.work, own.state, own.codec, own.shard, key, static=(method, turn),
             cost=method.work_cost,
         )  # fmt: skip
-        news = News(Packed(payload), None if weight is None else float(weight), dict(extra))
+        told = (turn, Packed(payload), None if weight is None else float(weight), dict(extra))
+        news = News(*told, checksum(*told))
         for neighbor in peer.neighbors:
             await peer.send(PeerId(neighbor), news)
+        used = " ".join(f"{p}.{own.news[p].turn}" for p in peer.neighbors if p in own.news)
         heard = own.heard(payload, weight, extra, peer.neighbors)
         own.state, own.params = await peer.compute(
             phases.conclude, own.state, sent, *heard, sent, own.shard, key, static=(method, turn),
@@ -147,6 +158,7 @@ async def _turns(peer: Peer, own: _Own, end_s: float) -> None:
         turn += 1
         stored = phases.freeze((own.state, own.codec))
         await peer.store.commit({**stored, "turn": turn.to_bytes(8, "little")})
+        peer.record("used", len(used.split()), news=used)
     peer.record("params", own.params)
 
 

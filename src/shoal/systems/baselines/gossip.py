@@ -27,15 +27,20 @@ from shoal.rounds.workload import Workload
 from shoal.tensor import keyed
 from shoal.tensor.flops import count_flops
 from shoal.tensor.types import Key, Vector
+from shoal.wire.checksum import checksum
 from shoal.wire.message import Packed, message
+from shoal.world.record import Run
 
 
 @message
 class Push:
-    """A model and how many updates it has seen."""
+    """A model and how many updates it has seen. sent_s: on its sender's clock; check: the checksum
+    of the rest, since a damaged model would spoil all that it meets."""
 
     payload: Packed
     age: float
+    sent_s: float
+    check: int
 
 
 def update(
@@ -104,7 +109,8 @@ class Gossip:
             neighbors = peer.neighbors
             if neighbors:
                 to = peer.choice(neighbors, "push", period)
-                await peer.send(to, Push(Packed(own.encode(peer, period)), float(own.age)))
+                told = (Packed(own.encode(peer, period)), float(own.age), peer.now())
+                await peer.send(to, Push(*told, checksum(*told)))
             if own.reports(period):
                 peer.record("params", own.params)
             turn += 1
@@ -116,13 +122,21 @@ class Gossip:
             heard = await peer.recv(Push, deadline=own.end_s)
             if heard is None:
                 break
-            other = own.decode(heard.message.payload)
-            other_age = torch.tensor(heard.message.age, dtype=torch.float64)
+            push = heard.message
+            if push.check != checksum(push.payload, push.age, push.sent_s):
+                continue
+            other = own.decode(push.payload)
+            other_age = torch.tensor(push.age, dtype=torch.float64)
+            before = float(own.age)
             own.params, own.age = await peer.compute(
                 update, own.params, own.age, other, own.workload.there(other_age), own.shard,
                 own.workload.there(peer.key("merge", merges)), static=own.static, cost=own.cost,
             )  # fmt: skip
             merges += 1
+            peer.record(
+                "merged", float(own.age), before=repr(before), told=repr(push.age),
+                source=str(int(heard.source)), sent_s=repr(push.sent_s),
+            )  # fmt: skip
             await peer.store.commit({"params": own.params, "age": own.age})
         peer.record("params", own.params)
 
@@ -184,6 +198,39 @@ def _cost(gossip: Gossip, workload: Workload) -> Cost:
         _costs[workload] = cost
     return cost
 
+
+def pushes_count_once(run: Run) -> str | None:
+    """No push is merged twice, by one peer or by two."""
+    merged: set[tuple[str, str]] = set()
+    for row in run.series("merged"):
+        labels = dict(row.labels)
+        push = labels["source"], labels["sent_s"]
+        if push in merged:
+            return f"the push of peer {push[0]} at {push[1]} s was merged twice"
+        merged.add(push)
+    return None
+
+
+def ages_add_up(run: Run) -> str | None:
+    """A merge makes a model older than both by the same number of updates, or leaves it alone;
+    and nobody is told an age that its sender never had."""
+    oldest: dict[int, float] = {}
+    steps: set[float] = set()
+    for row in run.series("merged"):
+        labels = dict(row.labels)
+        before, told, source = float(labels["before"]), float(labels["told"]), int(labels["source"])
+        if told > oldest.get(source, 0.0) or before > oldest.get(row.peer, 0.0):
+            return f"peer {row.peer} merged ages {before:g} and {told:g} of {source}: never reached"
+        if row.value != before:
+            steps.add(row.value - max(before, told))
+        oldest[row.peer] = max(oldest.get(row.peer, 0.0), row.value)
+    if len(steps) > 1 or any(step <= 0 for step in steps):
+        return f"merges added {sorted(steps)} updates"
+    return None
+
+
+INVARIANTS = (pushes_count_once, ages_add_up)
+"""What every run keeps, whatever its faults: for fault fuzzing."""
 
 SYSTEM = System(
     name="gossip",

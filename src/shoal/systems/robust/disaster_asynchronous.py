@@ -15,6 +15,7 @@ from typing import Literal
 from shoal.lab.card import Source, System
 from shoal.parts.strategy.dec_avg import DecAvg
 from shoal.rounds.unpaced import Unpaced
+from shoal.world.record import Run
 
 
 def unpaced_averaging(
@@ -24,6 +25,36 @@ def unpaced_averaging(
     """DecAvg in turns of `period_s` seconds; 0 = four times what a turn's work typically takes."""
     return Unpaced(DecAvg(lr, steps, epochs, batch_size, momentum, weights), period_s)
 
+
+def news_count_once(run: Run) -> str | None:
+    """A peer averages what a neighbour said in a turn at most once, in the order of its turns."""
+    # Who came back remembers neither what it heard nor the turn that it was in.
+    back = {peer for mark in run.happenings for peer in mark.peers}
+    last: dict[tuple[int, int], int] = {}
+    for row in run.series("used"):
+        for told in dict(row.labels)["news"].split():
+            source, turn = map(int, told.split("."))
+            before = last.get((row.peer, source), -1)
+            if turn <= before and row.peer not in back:
+                return f"peer {row.peer} used turn {turn} of {source} after turn {before}"
+            last[row.peer, source] = turn
+    return None
+
+
+def news_are_of_neighbors_turns(run: Run) -> str | None:
+    """Nobody averages news of itself, or more than came to it."""
+    for row in run.series("used"):
+        told = dict(row.labels)["news"].split()
+        if int(row.value) != len(told) or any(int(n.split(".")[0]) == row.peer for n in told):
+            return f"peer {row.peer} used {row.value:g} news: {told}"
+    used = sum(row.value for row in run.series("used"))
+    if used > run.messages_delivered:
+        return f"{used:g} news used, {run.messages_delivered} messages delivered"
+    return None
+
+
+INVARIANTS = (news_count_once, news_are_of_neighbors_turns)
+"""What every run keeps, whatever its faults: for fault fuzzing."""
 
 SYSTEM = System(
     name="disaster-asynchronous",
