@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -295,7 +296,7 @@ class ModuleTask:
         lead, other = params.shape[:-1], batch.mask.shape[len(front) : -1]
         if lead != other:
             # Not always: torch works this out in Python, for longer than a small product takes.
-            lead = torch.broadcast_shapes(lead, other)
+            lead = torch.Size(np.broadcast_shapes(lead, other))
         size = batch.mask.shape[-1]
         params = params.expand(*lead, -1).reshape(-1, self.spec.dim)
         mask = batch.mask.expand(*front, *lead, size).reshape(*front, -1, size)
