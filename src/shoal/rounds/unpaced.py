@@ -2,8 +2,8 @@
 
 Each peer takes a turn once per period, on its own clock: local work, a message to every neighbour,
 then the combination of what has come in since its last turn, and `apply`. A message is used once,
-and of two from one neighbour that of the later turn. Whoever is slow, lost or dead is missing from what the
-others combine, and costs them no time.
+and of two from one neighbour that of the later turn. Whoever is slow, lost or dead is missing from
+what the others combine, and costs them no time.
 """
 
 from __future__ import annotations

@@ -90,8 +90,12 @@ class PushSum:
     ) -> Heard:  # fmt: skip
         """Sums of shares: Heard.vector is the new mass."""
         # In the place of who was not heard anything may stand, and zero times infinity is no zero.
+        # What is no share of anything (damaged on its way) counts as lost.
+        told = extra["weight"].to(share.dtype)
+        mask = mask & rows.isfinite().all(-1) & told.isfinite() & (told > 0)
+        mask[..., 0] = True
         rows = torch.where(mask.unsqueeze(-1), rows, rows.new_zeros(()))
-        weight = (share * extra["weight"].to(share.dtype)).sum(-1)
+        weight = torch.where(mask, share * told, 0.0).sum(-1)
         return Heard(combine(share, rows), mask.sum(-1), {"weight": weight})
 
     def apply(self, state: State, heard: Heard, step: Step) -> State:

@@ -60,7 +60,7 @@ class CGA:
     0.9
     """
 
-    lr: float = 0.02
+    lr: float = 0.1
     momentum: float = 0.9
     batch_size: int = 32
     round_s: float = 0.0
@@ -191,7 +191,7 @@ _CLASSES: Mapping[str, Any] = {
     "task": {**_TASK, "split": "classes", "classes_per_peer": 2},
 }  # fmt: skip
 _EVEN: Mapping[str, Any] = {**_CLASSES, "task": {**_TASK, "split": "iid"}}
-_MOMENTUM: Mapping[str, Any] = {"momentum": 0.9, "keep_momentum": True, "lr": 0.02}
+_MOMENTUM: Mapping[str, Any] = {"momentum": 0.9, "keep_momentum": True, "lr": 0.1}
 
 SYSTEM = System(
     name="cga",
@@ -249,6 +249,8 @@ SYSTEM = System(
     deviations=(
         "5 peers on a ring with 8x8 digits and an MLP of 4,810 parameters, in place of "
         "convolutional networks on MNIST and CIFAR-10",
+        "rates are tuned on 0.005, 0.01, 0.02, 0.05 and 0.1 with another seed: 0.1 is the best for "
+        "each arm",
         "gradients on a round's batch of a peer's own data serve its own model and all neighbours'",
     ),
     small=Budget(seeds=1, scenario={"rounds": 40}, arms=("cga", "momentum")),
