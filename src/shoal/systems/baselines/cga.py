@@ -233,12 +233,16 @@ SYSTEM = System(
             "two-classes", "with two classes for each peer it ends 2 points above momentum SGD "
             "with gossip",
             at_least(0.02), metric="accuracy", compare=difference("cga", "momentum"),
-            at="abstract", scale="full",
+            at="abstract", scale="full", expected="fails",
+            reason="-0.003: with an MLP without normalisation and a mixing after each step, gossip "
+            "does not suffer from two classes a peer (0.965, with equal shares 0.967), so that "
+            "nothing is left to gain; with one class for each of 10 peers 0.919 against 0.927",
         ),
         Claim(
             "two-classes-sgp", "and 2 points above stochastic gradient push",
             at_least(0.02), metric="accuracy", compare=difference("cga", "sgp"),
-            at="abstract", scale="full",
+            at="abstract", scale="full", expected="fails",
+            reason="-0.002, for the same cause",
         ),
         Claim(
             "even", "with equal shares it is at most 2 points below momentum SGD with gossip",
