@@ -7,108 +7,30 @@ import os
 import socket as sockets
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
-from torch import Tensor
+from paths_world import At, Meet, Question, asked, doubles, values, why
 
-from shoal.base.errors import DeadlineExceeded, HandshakeError, PeerError, PeerUnreachable
+from shoal.base.errors import HandshakeError
 from shoal.base.ids import PeerId
 from shoal.engine.event import simulate
 from shoal.engine.live import LiveSettings, run_live
 from shoal.engine.live.introduction import MAGIC, Intro, _hear
 from shoal.engine.live.switchboard import Switchboard
-from shoal.kernel.datagrams import Endpoint
 from shoal.kernel.paths import RelayLimits
 from shoal.wire import codec
 from shoal.wire.handshake import Trust
 from shoal.wire.identity import Identity
-from shoal.wire.message import message
 from shoal.world.faults import Crash
 from shoal.world.links import Links
 from shoal.world.nat import NatBox
 from shoal.world.network import Network
-from shoal.world.record import Run
 
 pytestmark = pytest.mark.live
 SETTINGS = LiveSettings(horizon_s=40.0)
-
-
-@message
-class Question:
-    number: int
-    values: Tensor
-
-
-@message
-class Answer:
-    number: int
-    values: Tensor
-
-
-@message
-class At:
-    host: str
-    port: int
-
-
-async def doubles(envelope: Any) -> Answer:
-    return Answer(envelope.message.number, envelope.message.values * 2)
-
-
-async def asked(peer: Any, to: int, number: int, size: int = 4, wait_s: float = 5.0) -> bool:
-    values = torch.full((size,), float(number), device="cpu")
-    try:
-        question = Question(number, values)
-        found = await peer.request(PeerId(to), question, deadline=peer.now() + wait_s)
-    except (DeadlineExceeded, PeerError, PeerUnreachable):
-        return False
-    assert torch.equal(found.values, values * 2)
-    return True
-
-
-@dataclass(frozen=True)
-class Meet:
-    """Peer 0 relays; peers 1 and 2 reserve there, and talk through it, then directly."""
-
-    limits: RelayLimits = field(default_factory=RelayLimits)
-    direct: bool = False
-    sizes: tuple[int, ...] = (4, 4, 4)
-    until_s: float = 12.0
-
-    async def run(self, peer: Any) -> None:
-        peer.serve(Question, doubles)
-        if peer.id == 0:
-            peer.paths.serve(self.limits)
-            await peer.sleep_until(self.until_s)
-            return
-        other = PeerId(3 - peer.id)
-        socket = peer.datagrams.open()
-        peer.record("reserved", await peer.paths.reserve(PeerId(0), deadline=3.0))
-        await peer.sleep_until(1.0)
-        peer.paths.through(other, PeerId(0))
-        if self.direct:
-            await peer.send(PeerId(3 - peer.id), At(*socket.local))
-            told = await peer.recv(At, deadline=4.0)
-            place = Endpoint(told.message.host, told.message.port)
-            found = await peer.paths.punch(other, socket, place, deadline=4.0)
-            peer.record("punched", found)
-            peer.record("direct", peer.paths.direct(other))
-        if peer.id == 1:
-            for number, size in enumerate(self.sizes):
-                peer.record("asked", await asked(peer, other, number, size), number=str(number))
-        await peer.sleep_until(self.until_s)
-
-
-def values(run: Run, name: str) -> list[float]:
-    return [row.value for row in run.series(name)]
-
-
-def why(run: Run) -> list[str]:
-    return [happening.what for happening in run.happenings]
 
 
 @pytest.mark.parametrize("security", ["noise", "none"])
@@ -358,33 +280,21 @@ def test_who_comes_back_is_found_again(who: int) -> None:
 class Broken(Meet):
     """A direct line breaks: the next question takes the relay."""
 
-    async def run(self, peer: Any) -> None:
-        peer.serve(Question, doubles)
-        if peer.id == 0:
-            peer.paths.serve(self.limits)
-            await peer.sleep_until(self.until_s)
-            return
-        other, socket = PeerId(3 - peer.id), peer.datagrams.open()
-        assert await peer.paths.reserve(PeerId(0), deadline=3.0)
-        await peer.sleep_until(1.0)
-        peer.paths.through(other, PeerId(0))
-        await peer.send(other, At(*socket.local))
-        told = await peer.recv(At, deadline=4.0)
-        place = Endpoint(told.message.host, told.message.port)
-        assert await peer.paths.punch(other, socket, place, deadline=6.0)
+    direct: bool = True
+
+    async def then(self, peer: Any, other: PeerId, socket: Any, place: Any) -> None:
         lines = peer.host.transports[peer.id].lines
         if peer.id == 1:
             peer.record("asked", await asked(peer, other, 1))
-            before = lines._lines[other]
-            before.close()
+            lines._lines[other].close()
             await peer.sleep_until(peer.now() + 0.3)
-            peer.record("direct", peer.paths.direct(other))
+            peer.record("relayed", not peer.paths.direct(other))
             peer.record("asked", await asked(peer, other, 2))
             peer.record("relayed", not lines._lines[other].direct)
-        await peer.sleep_until(self.until_s)
 
 
 def test_when_a_direct_line_breaks_messages_take_the_relay_again() -> None:
     run = run_live(Broken(until_s=9.0), Network(3), settings=SETTINGS)
+    assert values(run, "punched") == [1.0, 1.0]
     assert values(run, "asked") == [1.0, 1.0]
-    assert (values(run, "direct"), values(run, "relayed")) == ([0.0], [1.0])
+    assert values(run, "relayed") == [1.0, 1.0]

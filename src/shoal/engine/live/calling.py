@@ -15,6 +15,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from shoal.base.errors import HandshakeError, WireError
+from shoal.engine.live.line import DETOUR_BYTES
 from shoal.wire.frame import ANSWER_BYTES, Greeting, unpack_answer
 from shoal.wire.handshake import Handshake
 from shoal.wire.outflow import Lane
@@ -78,6 +79,8 @@ class Call:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if hasattr(socket, "TCP_NOTSENT_LOWAT"):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT_BYTES)
+        if target in transport.detours:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, DETOUR_BYTES)
         code = sock.connect_ex(address)
         if code not in (0, errno.EINPROGRESS):
             self._outgoing.fail("dead")

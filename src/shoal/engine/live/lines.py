@@ -18,7 +18,7 @@ from shoal.engine.live import introduction
 from shoal.engine.live.control import Address
 from shoal.engine.live.datagrams import Passage
 from shoal.engine.live.introduction import ANSWER, CALL, ERRORS, LINE, RESERVE, Called, Ring
-from shoal.engine.live.line import PIECE_BYTES, Line, Pipe, piped, tuned
+from shoal.engine.live.line import DETOUR_BYTES, PIECE_BYTES, Line, Pipe, piped, tuned
 from shoal.engine.live.punch import Punch
 from shoal.engine.live.switchboard import Switchboard
 from shoal.kernel.paths import RelayLimits
@@ -202,6 +202,8 @@ class Lines:
         transport = self._transport
         if to not in self._doors:
             door = self._doors[to] = socket.create_server(("127.0.0.1", 0), backlog=64)
+            # For the connections that are accepted.
+            door.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, DETOUR_BYTES)
             transport.detours[to] = door.getsockname()[:2]
             self._start(self._attend(to, door))
         transport.rerouted(to)
@@ -226,7 +228,7 @@ class Lines:
             else:
                 line.carry(reader, writer)
 
-        self._servers[to] = await asyncio.start_server(enter, sock=door, limit=PIECE_BYTES)
+        self._servers[to] = await asyncio.start_server(enter, sock=door, limit=DETOUR_BYTES)
 
     async def _line_to(self, to: int) -> Line | None:
         line = self._lines.get(to)

@@ -29,14 +29,12 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from shoal.engine.live.datagrams import Passage
-from shoal.engine.live.line import PIECE_BYTES, Pipe
+from shoal.engine.live.line import PIECE_BYTES, UNSENT_BYTES, Pipe
 
 _APPLICATION = ["shoal-line"]
 # As long as a silent TCP connection lasts, and asked for signs of life as often (`line.tuned`).
 _IDLE_S = 60.0
 _PROBE_AFTER_S = 15.0
-# What may be unsent, as for TCP: a heartbeat waits behind that on a slow link.
-_UNSENT_BYTES = 1 << 18
 _HELD = 256
 """Packets kept while nobody reads; others are lost, as in an operating system."""
 _STREAM = 0
@@ -172,7 +170,7 @@ class QuicTransport(asyncio.Transport):
         assert self._quic is not None
         self._quic.send_stream_data(_STREAM, bytes(data))
         self._written += len(data)
-        if not self._is_full and self.get_write_buffer_size() > _UNSENT_BYTES:
+        if not self._is_full and self.get_write_buffer_size() > UNSENT_BYTES:
             self._is_full = True
             assert isinstance(self._protocol, asyncio.StreamReaderProtocol)
             self._protocol.pause_writing()
@@ -195,7 +193,7 @@ class QuicTransport(asyncio.Transport):
             return
         for data, _ in self._quic.datagrams_to_send(self._loop.time()):
             self._passage.send(data)
-        if self._is_full and self.get_write_buffer_size() <= _UNSENT_BYTES // 2:
+        if self._is_full and self.get_write_buffer_size() <= UNSENT_BYTES // 2:
             self._is_full = False
             assert isinstance(self._protocol, asyncio.StreamReaderProtocol)
             self._protocol.resume_writing()
