@@ -252,7 +252,7 @@ def test_everything_that_rounds_may_change_is_kept_or_made_anew() -> None:
         "Lockstep": {
             "first", "worlds", "settings", "executor", "shared", "total", "hub", "hub_rows",
             "fresh", "shards", "device", "hubs_there", "keys_there", "peers_there", "everyone",
-            "hubs", "_meshes", "given",
+            "hubs", "_meshes", "given", "own_mix",
         },
         "World": {
             "method", "network", "measure", "offset", "rows", "run", "timeline", "peers", "key",

@@ -72,7 +72,7 @@ def test_aggregators(name: str, settings: dict[str, Any], dtype: torch.dtype) ->
         heard = torch.eye(ROWS, dtype=torch.bool) | (normal(3, ROWS, ROWS, word="heard") < 1)
         used = check_device(rule.among, x, heard)
         assert used.waits.total() <= LOOKS.get(name, 0), used.waits
-    if hasattr(rule, "mix"):
+    if getattr(rule, "mix", None) is not None:
         share = normal(ROWS, ROWS, word="share").abs()
         used = check_device(lambda share, x, own: rule.mix(share, x, own), share, x[0], x[0])
         assert not used.waits

@@ -91,6 +91,8 @@ class Strategy(Protocol):
     # rows [..., k + 1, dim] and extra name -> [..., k + 1, *], own first; mask bool [..., k + 1] is
     # who was heard; share [..., k + 1] >= 0 sums to 1 over them. What it returns goes to `apply`.
     # With several waves the earlier ones are averaged; with a hub the state is the hub's.
+    # Optional, with `combine`: mixer(spec) -> a function like an aggregator's `mix`, or None. What
+    # `combine` makes of the rows, for all receivers at once, where it looks at nothing else.
     # Optional: pushes = True, on the class, with a `combine`. A sender divides what it has equally
     # among itself and those who hear it: share [..., k + 1] are the senders' portions, which sum
     # to 1 over a sender's receivers instead of a receiver's senders. What is lost on the way is

@@ -52,7 +52,7 @@ def check_aggregator(
         _check_everyone(aggregator, x, mask)
     if hasattr(aggregator, "among"):
         _check_among(aggregator, x, key)
-    if hasattr(aggregator, "mix"):
+    if getattr(aggregator, "mix", None) is not None:
         _check_mix(aggregator, x, key)
     _check_meta(aggregator, x)
 

@@ -173,6 +173,9 @@ class Lockstep:
         self.hubs = None if self.hub is None else self.shared.task.shard(self.hubs_there)
         self.shards = self._shards(methods)
         self._meshes: dict[int, _Mesh] = {}
+        mixer = getattr(first.strategy, "mixer", None)
+        self.own_mix = None if mixer is None else mixer(self.shared.task.spec)
+        """what a strategy's own combining is, where a product can do it"""
 
     def _there(self, tensor: Tensor) -> Tensor:
         """A small tensor of the processor's on the device; nobody waits for it to arrive."""
@@ -457,6 +460,11 @@ class Lockstep:
         mask, share = phases.weights_of(mesh.mask, mesh.mixing, taught, self.shared.pushes)
         hubs = last and mesh.to_hubs
         if last and self.shared.combines:
+            everyone = len(mesh.receiver) == len(current)
+            if self.own_mix is not None and outgoing is current and everyone:
+                matrix = _matrix(mesh, phases.shares(mask, share), self.total)
+                mixed = self.own_mix(matrix, current, current)
+                return Heard(mixed, mask.sum(-1), {})
             return self._own_combine(
                 mesh, mask, share, current, outgoing, special, work, extra, keys, round
             )

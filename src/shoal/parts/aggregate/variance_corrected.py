@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, Self
 
@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from shoal.base.errors import UsageError
+from shoal.parts.aggregate.mean import Mean
 from shoal.tensor.flat import FlatSpec
 from shoal.tensor.stack import certain, combine, finite_rows, or_center, shares, usable
 from shoal.tensor.types import Mask, Stack, Vector, Weight
 
+Mix = Callable[[Weight, Stack, Stack | None], Stack]
 Target = Literal["conservative", "self", "others"]
 
 _LEAST = 1e-30
@@ -80,6 +82,23 @@ class VarianceCorrected:
         mean = combine(share, x)
         value = self._rescaled(mean, self._goal(x, share, center))
         return or_center(value, share.sum(-1) > 0, center)
+
+    @property
+    def mix(self) -> Mix | None:
+        """All receivers at once, as of `Mean.mix`; None for "others", whose weights it cannot tell.
+
+        Variances are taken once of every sender, and mixed like what they are of.
+        """
+        return None if self.target == "others" else self._mixed
+
+    def _mixed(self, weight: Weight, x: Stack, center: Stack | None = None) -> Stack:
+        mean = Mean().mix(weight, x, center)
+        if self.target == "self" and center is not None:
+            goal = self._variance(center)
+        else:
+            own = None if center is None else self._variance(center)
+            goal = Mean().mix(weight, self._variance(x), own)
+        return self._rescaled(mean, goal)
 
     def _variance(self, x: Tensor) -> Tensor:
         """Of each named tensor: [..., dim] -> float64 [..., tensors]."""

@@ -33,7 +33,8 @@ from shoal.lab.card import (
     value,
 )
 from shoal.lab.rows import Rows
-from shoal.parts.aggregate.variance_corrected import VarianceCorrected, variance
+from shoal.parts.aggregate.mean import Mean
+from shoal.parts.aggregate.variance_corrected import Mix, VarianceCorrected, variance
 from shoal.parts.optimise.sgd import SGD
 from shoal.rounds.local import descend
 from shoal.rounds.strategy import Heard, Parcel, Step
@@ -100,6 +101,12 @@ class GossipLearning:
         rule = VarianceCorrected(self.target).bind(step.task.spec)  # type: ignore[arg-type]
         merged = rule(rows, mask=mask, weight=share, center=rows[..., 0, :])
         return Heard(merged, mask.sum(-1))
+
+    def mixer(self, spec: FlatSpec) -> Mix | None:
+        """What `combine` does, without a stack for each receiver."""
+        if self.target == "none":
+            return Mean().mix
+        return VarianceCorrected(self.target).bind(spec).mix  # type: ignore[arg-type]
 
     def apply(self, state: State, heard: Heard, step: Step) -> State:
         ratio = spread(heard.vector, step.task.spec) / spread(state.begin, step.task.spec)
