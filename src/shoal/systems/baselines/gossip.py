@@ -104,6 +104,9 @@ class Gossip:
         turn = 0
         while True:
             await peer.sleep_until(start + turn * own.period_s)
+            # Whose clock jumps leaves out the turns that it has missed: the same model, pushed to
+            # the same peer again, would count twice.
+            turn = max(turn, int((peer.now() - start) / own.period_s))
             period = int(peer.now() / own.period_s)
             peer.enter_round(period)
             neighbors = peer.neighbors
