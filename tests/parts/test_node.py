@@ -115,6 +115,31 @@ def test_workers_follow_a_trainer_and_fetch_what_changed() -> None:
         assert sum(row.value for row in made.series("fetched_bytes", peer)) == 12_000
 
 
+def test_nonsense_in_the_registry_is_no_version() -> None:
+    """Any author can write there: a follower waits on, and asks nobody who does not exist."""
+
+    async def body(peer: Peer, node: Node) -> None:
+        registry = node.state["registry"]
+        if peer.id == 0:
+            for text in (5, "", "0", "0 what", "\u00b2 bx", "0 b" + "a" * 58):
+                await registry.write("model", text)
+                await peer.sleep_until(peer.now() + 0.7)
+            cid = await node.put(b"x" * 900, deadline=peer.now() + 2.0)
+            for source in ("9" * 5000, "77", "-1", "\u00b2", "0"):
+                await registry.write(f"of {source[:9]}", f"{source} {cid}")
+            await registry.write("model", f"77 {cid}")
+        elif peer.id == 1:
+            cid = await node.newer("model", None, deadline=18.0)
+            assert cid is not None
+            peer.record("blob", await node.get(cid, deadline=18.0) == b"x" * 900)
+            for source in ("9" * 9, "77", "-1", "\u00b2", "0"):
+                assert await node.newer(f"of {source}", None, deadline=18.0) == cid
+            peer.record("done", 1.0)
+
+    made = run(body)
+    assert values(made, "blob") == values(made, "done") == [1.0]
+
+
 def test_errors_say_what_was_tried() -> None:
     async def body(peer: Peer, node: Node) -> None:
         if peer.id:

@@ -27,6 +27,7 @@ from shoal.base.errors import (
     DeadlineExceeded,
     DecodeError,
     MessageTooLarge,
+    PeerError,
     ProgramError,
     UsageError,
 )
@@ -35,15 +36,20 @@ from shoal.kernel.peer import Peer
 from shoal.lab.explore import explore
 from shoal.parts.overlay import _payload
 from shoal.parts.overlay._call_errors import (
+    AnswerUnreadable,
     CallCancelled,
     CallRefused,
     HandlerFailed,
     NoSuchMethod,
     OutcomeUnknown,
 )
+from shoal.parts.overlay._call_messages import DONE, Reply
+from shoal.parts.overlay._payload import Parcel
+from shoal.parts.overlay._served import Served
 from shoal.parts.overlay.relay import Ask
 from shoal.parts.overlay.rpc import Request, Rpc, RpcSettings
 from shoal.testing.ladder import check_program
+from shoal.wire.message import Packed
 from shoal.world.faults import KINDS, Crash, Fault
 from shoal.world.links import Links
 from shoal.world.network import Network
@@ -155,6 +161,69 @@ def test_what_expands_beyond_the_limit_is_refused(compression: str) -> None:
     with pytest.raises(DecodeError):
         _payload.unpack(f"bytes+{compression}", b"no such thing", 1 << 20)
     assert zlib.decompress(_payload.pack(b"abc", "zlib").whole()) == b"abc"
+
+
+CUT = zlib.compress(b"x" * 900)[:-5]
+ASK = _payload.pack(Ask(7)).whole()
+BAD = {
+    "form": Parcel("byTes", 3, (b"abc",)), "compression": Parcel("bytes+lzma", 3, (b"abc",)),
+    "cut": Parcel("bytes+zlib", len(CUT), (CUT,)),
+    "bomb": _payload.pack(bytes(20_000), "zlib"),
+    "tensor": Parcel("tensor", 900, (noise(900, 2),)), "message": Parcel("message", 3, (b"abc",)),
+    "other": Parcel("tensor", len(ASK), (ASK,)),
+    "sizes": Parcel("bytes", 900, (bytes(950),)), "long": Parcel("bytes", 1 << 40, (bytes(900),)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", list(BAD))
+def test_an_answer_that_cannot_be_read_is_an_error_of_the_call(
+    how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever a peer answers, its caller's program can go on with another one."""
+
+    def serve(peer: Peer, rpc: Rpc) -> None:
+        async def handler(request: Request) -> bytes:
+            return b"good"
+
+        async def items(request: Request) -> None:
+            await request.send(b"good")
+            await request.send(b"bad")
+
+        rpc.serve("bad", handler)
+        rpc.serve_stream("items", items)
+
+    parcel = BAD[how]
+    data = parcel.whole()
+
+    async def answers(self: Any, result: Any) -> None:
+        rpc, opening = self._rpc, self.open
+        whole = len(data) <= SMALL.inline_bytes
+        self.reply = Reply(
+            rpc.life, opening.life, opening.call, DONE, form=parcel.form, size=parcel.size_bytes,
+            whole=whole, body=Packed(data if whole else b""),
+        )  # fmt: skip
+        await rpc.peer.send(self.source, self.reply)
+        if not whole:
+            await self.sending.put(parcel)
+            await self.sending.end()
+
+    async def puts(self: Any, item: Any) -> None:
+        await self.sending.put(_payload.pack(item) if item == b"good" else parcel)
+
+    monkeypatch.setattr(Served, "_answer", answers)
+    monkeypatch.setattr(Served, "put", puts)
+
+    async def body(peer: Peer, rpc: Rpc) -> None:
+        with pytest.raises(AnswerUnreadable, match=r"call 'bad' of peer 1: ") as unary:
+            await rpc.call(1, "bad", deadline=5.0)
+        with pytest.raises(AnswerUnreadable):
+            await read_all(rpc, "items")
+        assert isinstance(unary.value, PeerError)
+        assert unary.value.kind in ("DecodeError", "MessageTooLarge")
+        peer.record("done", 1.0)
+
+    limits = RpcSettings(inline_bytes=256, piece_bytes=512, window_bytes=4096, payload_bytes=10_000)
+    assert values(run_two(serve, body, settings=limits), "done") == [1.0]
 
 
 # At most once.

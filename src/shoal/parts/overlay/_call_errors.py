@@ -6,6 +6,7 @@ PeerError
     ├── NoSuchMethod      nobody serves a method of that name there
     ├── HandlerFailed     the handler raised; `kind` is the name of the exception's class
     ├── CallCancelled     the other side gave the call up
+    ├── AnswerUnreadable  the other side answered what is no answer: damaged, too long or unknown
     ├── CallRefused       the other side did not take it, and did not run it
     └── OutcomeUnknown    the other peer restarted: whether the call ran, nobody can say
 """
@@ -37,6 +38,10 @@ class CallCancelled(CallError):
 
 class CallRefused(CallError):
     """It was not run: the payload is over the other side's limit, or cannot be read there."""
+
+
+class AnswerUnreadable(CallError):
+    """What came in answer cannot be read; `kind` is the name of the error's class. The call ran."""
 
 
 class OutcomeUnknown(CallError):

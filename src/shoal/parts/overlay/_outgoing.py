@@ -5,9 +5,19 @@ from __future__ import annotations
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from shoal.base.errors import Cancelled, DeadlineExceeded, Leaving, MessageTooLarge, ProgramError
+from shoal.base.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    DecodeError,
+    Leaving,
+    MessageTooLarge,
+    ProgramError,
+    UsageError,
+    WireError,
+)
 from shoal.base.ids import PeerId
 from shoal.parts.overlay._call_errors import (
+    AnswerUnreadable,
     CallCancelled,
     CallError,
     CallRefused,
@@ -190,14 +200,34 @@ class Outgoing:
         assert reply is not None
         form, data = reply.form, reply.body.content
         if not reply.whole:
-            item = await self.receiving.item(self.poke)
+            item = await self._next()
             if item is None:
                 raise CallError(f"{self._what}: the answer ended before it began")
             form, data = item
         return self.unpacked(form, data)
 
+    async def item(self) -> Any:
+        """The next item of a stream, None after the last one."""
+        item = await self._next()
+        return None if item is None else self.unpacked(*item)
+
+    async def _next(self) -> tuple[str, Any] | None:
+        try:
+            return await self.receiving.item(self.poke)
+        except (DecodeError, MessageTooLarge) as error:
+            if self._reply is not None and self._reply.status == TOO_LARGE:
+                raise  # It is this side's payload that is meant.
+            raise self._unreadable(error) from error
+
     def unpacked(self, form: str, data: Any) -> Any:
-        return unpack(form, data, self._rpc.settings.payload_bytes)
+        try:
+            return unpack(form, data, self._rpc.settings.payload_bytes)
+        except (WireError, UsageError) as error:
+            # Of no fault of this side, whose program must be able to go on with another peer.
+            raise self._unreadable(error) from error
+
+    def _unreadable(self, error: Exception) -> AnswerUnreadable:
+        return AnswerUnreadable(f"{self._what}: {error}", type(error).__name__)
 
     def packed(self, item: Any) -> Parcel:
         parcel, limit = pack(item, self._compression), self._rpc.settings.payload_bytes
@@ -244,8 +274,7 @@ class Stream:
     async def receive(self) -> Any:
         """The next item, None after the last one; raises what the handler raised."""
         self._check()
-        item = await self._call.receiving.item(self._call.poke)
-        return None if item is None else self._call.unpacked(*item)
+        return await self._call.item()
 
     def __aiter__(self) -> Stream:
         return self

@@ -23,7 +23,13 @@ from typing import Any
 
 import msgspec
 
-from shoal.base.errors import DeadlineExceeded, PeerUnreachable, ProgramError, UsageError
+from shoal.base.errors import (
+    DeadlineExceeded,
+    DecodeError,
+    PeerUnreachable,
+    ProgramError,
+    UsageError,
+)
 from shoal.base.ids import PeerId
 from shoal.kernel.peer import Peer
 from shoal.kernel.tasks import TaskGroup
@@ -275,20 +281,30 @@ class Node:
         return cid
 
     async def newer(self, name: str, than: Cid | None, *, deadline: float) -> Cid | None:
-        """Wait for another version than this in the registry; None at the deadline."""
+        """Wait for another version than this in the registry; None at the deadline.
+
+        What another author wrote there and is no identifier counts as nothing.
+        """
         while True:
             entry = self.state["registry"].map.get(name)
             source, _, text = str(entry or "").partition(" ")
-            if text:
-                cid = Cid.parse(text)
-                if cid != than:
-                    if source.isdigit():
-                        self.exchange.met(cid, [int(source)])
-                    return cid
+            cid = _cid_in(text)
+            if cid is not None and cid != than:
+                who = int(source) if source.isdecimal() and len(source) < 10 else -1
+                if who in self.peer.roster:
+                    self.exchange.met(cid, [who])
+                return cid
             now_s = self.peer.now()
             if now_s >= deadline:
                 return None
             await self.peer.sleep_until(min(now_s + _WATCH_S, deadline) + 1e-8)
+
+
+def _cid_in(text: str) -> Cid | None:
+    try:
+        return Cid.parse(text)
+    except DecodeError:
+        return None
 
 
 class State:

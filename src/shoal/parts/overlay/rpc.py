@@ -158,7 +158,8 @@ class Rpc:
     ) -> Any:  # fmt: skip
         """The other peer's answer. `compression`: "", "zlib" or "zstd", in both directions.
 
-        DeadlineExceeded, MessageTooLarge for a payload over the limit, or a `CallError`.
+        DeadlineExceeded, MessageTooLarge for a payload over the limit, or a `CallError`: also when
+        what the other side answers cannot be read.
         """
         async with self._open(to, method, payload, deadline, compression, False) as call:
             return await call.answer()
