@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 
 from shoal.base.errors import UsageError
 from shoal.engine.event.simulation import EventSettings, simulate
+from shoal.lab.explore import explore
+from shoal.parts.collective._errors import CollectiveError
 from shoal.parts.collective._orders import Orders
 from shoal.parts.collective.communicator import Communicator
 from shoal.parts.collective.master import Master
@@ -119,7 +121,7 @@ class Optimises:
 
     async def run(self, peer: Any) -> None:
         async with Communicator(peer, 0, group=(peer.id - 1) // self.shard) as group:
-            while group.everybody < self.peers:
+            while group.everybody < self.peers and peer.now() < 5.0:
                 await group.update_topology()
                 await peer.sleep_until(peer.now() + 0.1)
             await group.optimize_topology(1 << 12)
@@ -225,6 +227,36 @@ def test_reports_are_heard_while_a_slow_master_searches() -> None:
     assert not run.series("adopted")
     first, second, _ = rings(program)
     assert second == pytest.approx(first, rel=0.01)
+
+
+@dataclass(frozen=True)
+class Tolerant:
+    """What may happen to a peer under faults is no failure."""
+
+    program: Optimises
+
+    async def run(self, peer: Any) -> None:
+        try:
+            await self.program.run(peer)
+        except CollectiveError:
+            peer.record("lost", 1.0)
+
+
+def test_faults_in_the_midst_of_a_search_hang_nobody() -> None:
+    """The master's death, restart and leave among them; its device is slow, so that it searches
+    for seconds."""
+    slow = Slow(who=(0,), at=0.0, factor=300.0)
+    program = Optimises(14, pause_s=3.0)
+
+    def make() -> Any:
+        master = Master(end_s=40.0, diverged_s=5.0)
+        return lambda peer: master if peer == 0 else Tolerant(program)
+
+    network = Network(15, links=LINKS, faults=(slow,), device=Device(flops_per_s=1e9))
+    found = explore(make, network, seeds=12, horizon_s=200.0, rounds=0, window_s=6.0)
+    assert not found.failures, found.failures[0].to_data()
+    assert not found.ended
+    assert found.traces >= 8
 
 
 @dataclass(frozen=True)
