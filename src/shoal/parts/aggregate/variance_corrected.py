@@ -122,15 +122,25 @@ class VarianceCorrected:
     def _rescaled(self, mean: Vector, goal: Tensor) -> Vector:
         assert self.layout is not None
         made = []
-        now = self._variance(mean)
         for place, piece in enumerate(mean.split(list(self.layout.sizes), -1)):
-            has, to = now[..., place], goal[..., place]
+            if piece.shape[-1] < 2:
+                made.append(piece)
+                continue
+            found, middle, apart = _apart(piece)
+            has, to = found.to(torch.float64), goal[..., place]
             fit = (has > _LEAST) & (to > _LEAST)
             scale = torch.where(fit, (to / torch.where(fit, has, 1.0)).sqrt(), 1.0).unsqueeze(-1)
-            middle = piece.mean(-1, keepdim=True)
-            scaled = torch.addcmul(middle, piece - middle, scale.to(mean.dtype))
+            scaled = torch.addcmul(middle, apart, scale.to(mean.dtype))
             made.append(torch.where(fit.unsqueeze(-1), scaled, piece))
         return torch.cat(made, -1)
+
+
+def _apart(piece: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(variance [...], mean [..., 1], what is left of the piece without it [..., n])."""
+    middle = piece.mean(-1, keepdim=True)
+    apart = piece - middle
+    squares = torch.linalg.vector_norm(apart, dim=-1).square()
+    return squares / (piece.shape[-1] - 1), middle, apart
 
 
 def variance(piece: Tensor) -> Tensor:
@@ -141,8 +151,7 @@ def variance(piece: Tensor) -> Tensor:
     >>> round(variance(torch.tensor([1.0, 2.0, 3.0])).item(), 6)
     1.0
     """
-    apart = piece - piece.mean(-1, keepdim=True)
-    return torch.linalg.vector_norm(apart, dim=-1).square() / (piece.shape[-1] - 1)
+    return _apart(piece)[0]
 
 
 def variance_corrected_average(
