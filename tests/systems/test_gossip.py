@@ -69,9 +69,9 @@ def told(*rows: Row) -> list[bool]:
 
 
 def row(peer: int, value: float, source: int, *, before: float = 0.0, age: float = 0.0,
-        sent_s: float = 0.0) -> Row:  # fmt: skip
+        due_s: float = 0.0) -> Row:  # fmt: skip
     labels = {"before": repr(before), "told": repr(age), "source": str(source),
-              "sent_s": repr(sent_s)}  # fmt: skip
+              "due_s": repr(due_s)}  # fmt: skip
     return Row("merged", value, 0.0, 0, peer, tuple(labels.items()))
 
 
@@ -81,8 +81,8 @@ def row(peer: int, value: float, source: int, *, before: float = 0.0, age: float
         ((row(0, 5, 1), row(1, 10, 0, age=5)), [False, False]),
         ((row(0, 5, 1), row(2, 5, 1)), [True, False]),
         ((row(0, 5, 1, age=3),), [False, True]),
-        ((row(0, 5, 1), row(0, 9, 1, before=5, sent_s=1.0)), [False, True]),
-        ((row(0, 5, 1), row(0, 5, 1, before=5, sent_s=1.0)), [False, False]),
+        ((row(0, 5, 1), row(0, 9, 1, before=5, due_s=1.0)), [False, True]),
+        ((row(0, 5, 1), row(0, 5, 1, before=5, due_s=1.0)), [False, False]),
     ],
 )
 def test_the_invariants_can_fail(rows: tuple[Row, ...], expected: list[bool]) -> None:

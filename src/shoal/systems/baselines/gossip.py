@@ -34,12 +34,12 @@ from shoal.world.record import Run
 
 @message
 class Push:
-    """A model and how many updates it has seen. sent_s: on its sender's clock; check: the checksum
+    """A model and how many updates it has seen. due_s: the date of its turn on its sender's clock; check: the checksum
     of the rest, since a damaged model would spoil all that it meets."""
 
     payload: Packed
     age: float
-    sent_s: float
+    due_s: float
     check: int
 
 
@@ -112,7 +112,11 @@ class Gossip:
             neighbors = peer.neighbors
             if neighbors:
                 to = peer.choice(neighbors, "push", period)
-                told = (Packed(own.encode(peer, period)), float(own.age), peer.now())
+                told = (
+                    Packed(own.encode(peer, period)),
+                    float(own.age),
+                    start + turn * own.period_s,
+                )
                 await peer.send(to, Push(*told, checksum(*told)))
             if own.reports(period):
                 peer.record("params", own.params)
@@ -126,7 +130,7 @@ class Gossip:
             if heard is None:
                 break
             push = heard.message
-            if push.check != checksum(push.payload, push.age, push.sent_s):
+            if push.check != checksum(push.payload, push.age, push.due_s):
                 continue
             other = own.decode(push.payload)
             other_age = torch.tensor(push.age, dtype=torch.float64)
@@ -138,7 +142,7 @@ class Gossip:
             merges += 1
             peer.record(
                 "merged", float(own.age), before=repr(before), told=repr(push.age),
-                source=str(int(heard.source)), sent_s=repr(push.sent_s),
+                source=str(int(heard.source)), due_s=repr(push.due_s),
             )  # fmt: skip
             await peer.store.commit({"params": own.params, "age": own.age})
         peer.record("params", own.params)
@@ -207,9 +211,9 @@ def pushes_count_once(run: Run) -> str | None:
     merged: set[tuple[str, str]] = set()
     for row in run.series("merged"):
         labels = dict(row.labels)
-        push = labels["source"], labels["sent_s"]
+        push = labels["source"], labels["due_s"]
         if push in merged:
-            return f"the push of peer {push[0]} at {push[1]} s was merged twice"
+            return f"the push of peer {push[0]} due at {push[1]} s was merged twice"
         merged.add(push)
     return None
 

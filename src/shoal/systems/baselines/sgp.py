@@ -103,10 +103,10 @@ SYSTEM = System(
     deviations=(
         "8x8 digits with unequal label mixes and an MLP on 32 peers, and quadratics for the bias "
         "of plain means, in place of ImageNet on up to 32 nodes",
-        "rates on digits are the best of 0.02, 0.05, 0.1 and 0.2 for each arm with another seed (0.2; "
-        "alone 0.1); Polyak's momentum for means of all with all, Nesterov's for push-sum",
-        "the rate is 0.01 on quadratics: a constant rate "
-        "leaves peers apart by a distance in proportion to it, which is no bias of the mean",
+        "rates on digits are the best of 0.02, 0.05, 0.1 and 0.2 for each arm with another seed "
+        "(0.2; alone 0.1); Polyak's momentum for means of all with all, Nesterov's for push-sum",
+        "the rate is 0.01 on quadratics: a constant rate leaves peers apart "
+        "by a distance in proportion to it, which is no bias of the mean",
         "messages carry whole masses, of which receivers take the sender's share: the same bytes",
         "without overlap: no message is used later than in its round",
     ),
