@@ -1,0 +1,1 @@
+"""Coded computing: exact results although some workers are late, lost or lie."""
