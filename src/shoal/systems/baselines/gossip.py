@@ -34,8 +34,8 @@ from shoal.world.record import Run
 
 @message
 class Push:
-    """A model and how many updates it has seen. due_s: the date of its turn on its sender's clock; check: the checksum
-    of the rest, since a damaged model would spoil all that it meets."""
+    """A model and how many updates it has seen. due_s: the date of its turn on its sender's clock;
+    check: the checksum of the rest, since a damaged model would spoil all that it meets."""
 
     payload: Packed
     age: float
