@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from itertools import islice
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ from shoal.parts.topology.ring import Ring
 from shoal.parts.topology.star import Star
 from shoal.rounds.workload import Workload
 from shoal.systems.training import _dadao_references as references
+from shoal.systems.training import dadao_counted as counted
 from shoal.systems.training._dadao_flow import Y_FAST, Z_FAST, Constants, X, Y, Z, flow
 from shoal.systems.training._dadao_loop import Agenda, Played, Problem, agenda, play, synchronised
 from shoal.systems.training.dadao import DADAO, INVARIANTS, SYSTEM, Bound
@@ -463,6 +465,26 @@ def test_what_is_counted() -> None:
     gossip = numbers("gossip", lr=0.1)
     assert 1e-5 < gossip["floor"] < 0.1
     assert "time" not in gossip
+
+
+@pytest.mark.parametrize("graph", ["full", "ring"])
+def test_counted_methods_keep_their_sums(graph: str) -> None:
+    for method in get_args(counted.Method):
+        run = dadao_counted(world(graph), method, lr=0.3)
+        assert [rule(run) for rule in counted.INVARIANTS] == [None, None]
+        assert len(run.series("off")) == (method in ("dadao", "ssda", "msda", "tracking"))
+
+
+def test_a_sum_that_is_not_kept_is_found_out() -> None:
+    found = world_of(world("ring"))
+    first, second = islice(references.gradient_tracking(found, 0.3), 2)
+    right, wrong = (counted._kept(found, "tracking", lr, first, second) for lr in (0.3, 0.31))
+    assert right["off"] < 1e-12
+    assert wrong["off"] > 1e-4
+    assert counted._kept(found, "ssda", 1.0, first, second)["off"] > 1e-4
+    rows = [Row("off", 1e-6, 0.0), Row("gradients", 2.5, 0.0)]
+    told = [rule(Run("study", 0, 2, rows=rows)) for rule in counted.INVARIANTS]
+    assert all(told)
 
 
 # Errors and the card.

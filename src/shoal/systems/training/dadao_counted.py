@@ -28,8 +28,8 @@ from shoal.parts.topology._gossip_rates import GossipRates, Rates, gossip_edges,
 from shoal.parts.topology._measures import gossip_constants
 from shoal.parts.topology.full import Full
 from shoal.systems.training import _dadao_references as references
-from shoal.systems.training._dadao_flow import Array, Constants
-from shoal.systems.training._dadao_loop import Problem, agenda, play
+from shoal.systems.training._dadao_flow import Array, Constants, Z
+from shoal.systems.training._dadao_loop import Problem, agenda, play, synchronised
 from shoal.systems.training._dadao_references import World
 from shoal.tensor import keyed
 from shoal.world.record import Row, Run
@@ -56,8 +56,9 @@ def dadao_counted(
     slower peer 0 takes gradients than the others; lr: step of "tracking" and "gossip" in units of
     1 / L. Series `distance`, relative to the start, by units of time; numbers at the end:
     `gradients`, `exchanges`, `time`, the graph's `chi_1` and `chi_2` of one exchange per unit of
-    time, `floor` (where a method that does not arrive stays), `fit` (R^2 of a straight line through
-    the logarithm of the distance). Raises UsageError for tasks that are no quadratics.
+    time, `floor` (where a method that does not arrive stays), `off` (by which part what the method
+    keeps over all peers is off at the end; not for every method), `fit` (R^2 of a straight line
+    through the logarithm of the distance). Raises UsageError for tasks that are no quadratics.
     """
     if method not in get_args(Method):
         raise UsageError(f"method={method!r}; need one of {', '.join(get_args(Method))}")
@@ -80,7 +81,7 @@ def dadao_counted(
         _gossip(run, world, lr, first)
     else:
         points, waves = _synchronous(world, method, lr)
-        _iterate(run, world, points, waves, slow, precision, first)
+        _iterate(run, world, method, lr, points, waves, slow, precision, first)
     return run
 
 
@@ -122,7 +123,9 @@ def _dadao(run: Run, world: World, slow: float, precision: float, first: float) 
     played = play(events, constants, world.problem, world.start, target=precision * first)
     times = np.arange(1.0, len(played.distances) + 1.0)
     _curve(run, times, played.distances / first)
-    _tell(run, played.time, floor=float(played.distances[-1]) / first)
+    duals = synchronised(played, constants, played.time)[:, Z:]
+    off = float(np.abs(duals.sum(0)).sum() / max(np.abs(duals).sum(), 1e-300))
+    _tell(run, played.time, floor=float(played.distances[-1]) / first, off=off)
     if played.reached:
         _tell(
             run, played.time, gradients=played.gradients, exchanges=played.exchanges,
@@ -182,24 +185,67 @@ def _synchronous(world: World, method: Method, lr: float) -> tuple[Iterator[Arra
 
 
 def _iterate(
-    run: Run, world: World, points: Iterator[Array], waves: int, slow: float, precision: float,
-    first: float,
+    run: Run, world: World, method: Method, lr: float, points: Iterator[Array], waves: int,
+    slow: float, precision: float, first: float,
 ) -> None:  # fmt: skip
-    distances = []
-    for x in islice(points, ITERATIONS):
+    distances: list[float] = []
+    before = x = world.start
+    for point in islice(points, ITERATIONS):
+        before, x = x, point
         distances.append(float(((x - world.problem.minimum) ** 2).sum(1).mean()) / first)
         if not precision < distances[-1] < math.inf:
             break
     count = len(distances)
     times = slow * np.arange(1.0, count + 1.0)
     _curve(run, times, np.array(distances))
-    _tell(run, slow * count, floor=distances[-1])
+    _tell(run, slow * count, floor=distances[-1], **_kept(world, method, lr, before, x))
     if distances[-1] <= precision:
         exchanges = waves * len(world.rates.edges) * count
         _tell(
             run, slow * count, gradients=run.peers * count, exchanges=exchanges, time=slow * count
         )
 
+
+def _kept(world: World, method: Method, lr: float, before: Array, x: Array) -> dict[str, float]:
+    """What a synchronous method keeps, from its last two points: a number `off`, or nothing.
+
+    Dual variables sum to 0, and those of the dual methods are the gradients at their points; mean
+    trackers are the mean gradient, so that the mean point moves as by gradient descent.
+    """
+    slopes = world.gradient(x if method in ("ssda", "msda") else before)
+    size = max(float(np.abs(slopes).sum()), 1e-300)
+    if method in ("ssda", "msda"):
+        return {"off": float(np.abs(slopes.sum(0)).sum()) / size}
+    if method == "tracking":
+        step = (before - x).sum(0) * world.smoothness / lr
+        # The points' own rounding, divided by the step, is no departure of the method.
+        size += float(np.abs(x).sum()) * world.smoothness / lr
+        return {"off": float(np.abs(step - slopes.sum(0)).sum()) / size}
+    return {}
+
+
+def sums_are_kept(run: Run) -> str | None:
+    """What a method keeps over all peers is what it was, up to rounding."""
+    for row in run.series("off"):
+        if not row.value <= 1e-9:
+            return f"the sum over all peers is off by {row.value:.3g} of its parts"
+    return None
+
+
+def counts_are_whole(run: Run) -> str | None:
+    """Gradients and exchanges are counted one by one, and distances by rising time."""
+    for name in ("gradients", "exchanges"):
+        for row in run.series(name):
+            if row.value < 0 or row.value != round(row.value):
+                return f"{row.value} {name}"
+    times = [row.time_s for row in run.series("distance")]
+    if times != sorted(set(times)):
+        return "distances are not in the order of time"
+    return None
+
+
+INVARIANTS = (sums_are_kept, counts_are_whole)
+"""What every run keeps; a study is checked by its tests, since there are no faults to explore."""
 
 SYSTEM = System(
     name="dadao-counted",
