@@ -135,6 +135,11 @@ def over_fedavg(rows: Rows) -> dict[int, float]:
     return _faster(rows, "fedavg")
 
 
+def over_tiered(rows: Rows) -> dict[int, float]:
+    """The same over averaging in tiers."""
+    return _faster(rows, "tiered")
+
+
 def over_fedasync(rows: Rows) -> dict[int, float]:
     """The same over FedAsync."""
     return _faster(rows, "fedasync")
@@ -230,7 +235,9 @@ def works_of_clients(rows: Rows) -> Points:
 def accuracy_over_time(rows: Rows) -> Points:
     """Accuracy of the model by virtual time, exponential speeds."""
     lines = {}
-    for arm in ("fedcompass", "fedavg", "fedasync", "fedbuff"):
+    for arm in ("fedcompass", "fedavg", "fedasync", "fedbuff", "tiered"):
+        if arm not in rows.arms:
+            continue
         found = rows.series(arm, rows.seeds[0], "mean_model_accuracy")
         lines[arm] = [(row.time_s, row.value) for row in found]
     return {name: points for name, points in lines.items() if points}
