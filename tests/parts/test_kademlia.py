@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from statistics import median
@@ -29,15 +30,21 @@ from shoal.lab.explore import Trial, explore, generate
 from shoal.parts.overlay import kademlia
 from shoal.parts.overlay.kademlia import Kademlia, KademliaSettings, Stored
 from shoal.parts.overlay.lookup import Find, Found
-from shoal.parts.overlay.records import Record, sealed
+from shoal.parts.overlay.records import Copy, Record, sealed
 from shoal.parts.overlay.routing_table import number_of, number_of_peer
 from shoal.wire.identity import Identity
-from shoal.world.faults import KINDS, Crash, Partition
+from shoal.wire.message import message
+from shoal.world.faults import KINDS, Crash, Partition, Skew
 from shoal.world.links import Links
 from shoal.world.network import Network
 from shoal.world.record import Run
 
 WIDE = Links(latency_s=0.05, latency_spread=0.5)
+
+
+@message
+class Go:
+    """Now."""
 
 
 @dataclass(frozen=True)
@@ -158,6 +165,59 @@ def test_records_expire_and_provider_records_are_renewed() -> None:
     assert set(values(run, "value 12")) == {0.0}
     assert set(values(run, "providers 6")) == set(values(run, "providers 12")) == {110.0}
     assert set(values(run, "providers 22")) == {100.0}
+
+
+@pytest.mark.parametrize("offset_s", [-30.0, 0.0, 30.0])
+def test_what_the_owner_s_clock_shows_does_not_matter(offset_s: float) -> None:
+    """It lasts for its lifetime everywhere, and readers learn how old it is."""
+    longer = replace(SHORT, lifetime_s=60.0)
+
+    async def body(peer: Peer, dht: Kademlia) -> None:
+        if peer.id == 1:
+            # By no clock of its own.
+            await peer.recv(Go, deadline=float("inf"))
+            peer.record("kept", await dht.put(b"k", b"v", deadline=peer.now() + 2, lifetime_s=6.0))
+            return
+        if peer.id == 0:
+            await peer.sleep_until(4.0)
+            await peer.send(PeerId(1), Go())
+        for at_s in (7.0, 9.0, 12.0):
+            await peer.sleep_until(at_s + 0.1 * peer.uniform("look"))
+            found = await dht.get(b"k", deadline=peer.now() + 1.0)
+            peer.record(f"found {at_s:g}", float(found.newest == b"v"))
+            if found and not dht.held.under(kademlia._place(b"value", b"k"), now_s=peer.now()):
+                age_s = found.age_s[PeerId(1)]
+                assert abs(age_s - (peer.now() - 4.2)) < 0.6, age_s
+
+    faults = (Skew(who=(1,), at=3.5, until=None, offset_s=offset_s, drift=0.0),)
+    run = simulate(Each(body, longer, end_s=16.0), Network(10, links=WIDE, faults=faults))
+    assert values(run, "kept")[0] >= 5
+    assert values(run, "found 7") == values(run, "found 9") == [1.0] * 9
+    assert values(run, "found 12") == [0.0] * 9
+
+
+def test_a_record_that_ended_long_ago_is_not_brought_back() -> None:
+    """Who kept one stores it again and again; signed as it is, it ends a lifetime later at most."""
+    quick = replace(SHORT, lifetime_s=4.0)
+    old = sealed(kademlia._place(b"value", b"k"), 1, 3 * 10**9, 2.0, b"old", identity_of(1))
+
+    async def body(peer: Peer, dht: Kademlia) -> None:
+        while peer.now() < 14.0:
+            if peer.id == 2:
+                again = kademlia.Store(kademlia._place(b"value", b"k"), (Copy(old, 2.0),), False)
+                for other in peer.roster:
+                    if other != peer.id:
+                        await peer.send(other, again)
+            await peer.sleep_until(peer.now() + 0.5)
+            if peer.id == 3:
+                found = await dht.get(b"k", deadline=peer.now() + 1.0)
+                peer.record("found", float(bool(found)), at=f"{peer.now():.2f}")
+
+    run = simulate(Each(body, quick, signed=True), Network(6, links=WIDE))
+    rows = [(float(dict(row.labels)["at"]), row.value) for row in run.series("found")]
+    assert any(value for at_s, value in rows if at_s < 5.0)
+    # Written at 3 s for 2 s, taken until 4 s after its end, kept for 2 s after that.
+    assert [value for at_s, value in rows if at_s > 11.5] == [0.0] * sum(a > 11.5 for a, _ in rows)
 
 
 def test_a_search_leaves_a_copy_on_its_way() -> None:
@@ -297,12 +357,12 @@ def test_hostile_answers_do_no_harm() -> None:
             async def lies(envelope: Any) -> Any:
                 turn = int(peer.uniform(envelope.source, len(dht.table)) * 5)
                 number = envelope.message.number
-                forged = sealed(number, 3, 1 << 62, 1e6, b"forged", identity_of(peer.id))
+                forged = sealed(number, 3, 1 << 62, 60.0, b"forged", identity_of(peer.id))
                 return (
                     Found((10_000, -1, 1 << 62, peer.id), ()),
                     Found(tuple(range(60)) * 50, ()),
-                    Found((peer.id,) * 300, (forged,)),
-                    Found((envelope.source,), (Record(1 << 63, 0, 0.0, b"", b""),) * 20),
+                    Found((peer.id,) * 300, (Copy(forged, 60.0),)),
+                    Found((envelope.source,), (Copy(Record(1 << 63, 0, 9.0, b"", b""), 9.0),) * 20),
                     Stored(1),
                 )[turn]
 
@@ -334,8 +394,13 @@ def test_questions_out_of_form_are_refused_and_harm_nobody() -> None:
                 await peer.send(PeerId(0), question)
                 assert await dht.ask(PeerId(0), question) is None
             big = sealed(bytes(32), 1, 1, 100.0, b"v" * 100_000)
-            late = sealed(bytes(32), 1, 1, 0.0, b"v")
-            store = kademlia.Store(bytes(32), (big, late), False)
+            good = sealed(bytes(32), 1, 1, 100.0, b"v")
+            bad = [Copy(good, left_s) for left_s in (0.0, -1.0, 101.0, math.nan, math.inf)]
+            bad += [
+                Copy(sealed(bytes(32), 1, 1, lifetime_s, b"v"), 1.0)
+                for lifetime_s in (0.0, -1.0, 1e9, math.nan, math.inf)
+            ]
+            store = kademlia.Store(bytes(32), (Copy(big, 100.0), *bad), False)
             peer.record("stored", (await dht.ask(PeerId(0), store)).records)
             peer.record("alive", float(isinstance(await dht.ask(PeerId(0), kademlia.Ping()),
                                                   kademlia.Pong)))  # fmt: skip

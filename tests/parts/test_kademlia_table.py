@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from shoal.base.errors import UsageError
 from shoal.base.ids import PeerId
-from shoal.parts.overlay.records import Record, Records, is_intact, sealed, size_of
+from shoal.parts.overlay.records import Copy, Record, Records, is_intact, sealed, size_of
 from shoal.parts.overlay.routing_table import BITS, RoutingTable, number_of_peer
 from shoal.wire.identity import Identity
 
@@ -141,10 +141,10 @@ def test_a_damaged_record_is_seen(value: bytes, bit: int, owner: int, signed: bo
 
 def test_numbers_that_no_seal_can_hold_are_refused_and_raise_nothing() -> None:
     good = sealed(KEY, 1, 1, 60.0, b"")
-    for owner, version, expires_s in (
+    for owner, version, lifetime_s in (
         (1 << 63, 1, 60.0), (1, 1 << 63, 60.0), (1, 1, float("nan")), (1, 1, float("inf")),
     ):  # fmt: skip
-        assert not is_intact(KEY, Record(owner, version, expires_s, b"", good.seal))
+        assert not is_intact(KEY, Record(owner, version, lifetime_s, b"", good.seal))
 
 
 def test_a_signature_of_another_peer_does_not_count() -> None:
@@ -165,8 +165,8 @@ def store(**limits: Any) -> Records:
 def test_writers_under_one_key_do_not_overwrite_each_other_and_newer_wins() -> None:
     held = store()
     for owner, version, value in ((1, 1, b"a"), (2, 1, b"b"), (1, 2, b"c"), (2, 0, b"old")):
-        held.add(KEY, sealed(KEY, owner, version, 60.0, value), PeerId(owner), 60.0)
-    values = [(r.owner, r.value) for r in held.under(KEY, now_s=0.0)]
+        held.add(KEY, Copy(sealed(KEY, owner, version, 60.0, value), 60.0), PeerId(owner))
+    values = [(c.record.owner, c.record.value) for c in held.under(KEY, now_s=0.0)]
     assert values == [(1, b"c"), (2, b"b")]
 
 
@@ -174,22 +174,40 @@ def test_without_signatures_nobody_replaces_what_the_owner_sent_itself() -> None
     forged = sealed(KEY, 1, 99, 60.0, b"forged")
     for signed, first in ((False, b"own"), (True, b"forged")):
         held = store(signed=signed)
-        assert held.add(KEY, sealed(KEY, 1, 1, 60.0, b"own"), PeerId(1), 60.0)
-        assert held.add(KEY, forged, PeerId(7), 60.0) == signed
-        assert held.under(KEY, now_s=0.0)[0].value == first
+        assert held.add(KEY, Copy(sealed(KEY, 1, 1, 60.0, b"own"), 60.0), PeerId(1))
+        assert held.add(KEY, Copy(forged, 60.0), PeerId(7)) == signed
+        assert held.under(KEY, now_s=0.0)[0].record.value == first
 
 
 def test_a_cached_copy_expires_by_itself_and_is_not_stored_again() -> None:
     held = store()
     record = sealed(KEY, 1, 1, 600.0, b"")
-    held.add(KEY, record, PeerId(2), 10.0, cached=True)
+    held.add(KEY, Copy(record, 600.0), PeerId(2), cached_s=10.0)
     assert held.neglected(5.0, 5.0) == []
     assert held.under(KEY, now_s=11.0) == []
-    held.add(KEY, record, PeerId(1), 600.0, now_s=5.0)
+    held.add(KEY, Copy(record, 595.0), PeerId(1), now_s=5.0)
     assert held.neglected(100.0, 4.0) == []
-    assert held.neglected(100.0, 5.0) == [(KEY, record)]
-    held.sweep(601.0)
+    assert held.neglected(100.0, 5.0) == [(KEY, Copy(record, 500.0))]
+    held.sweep(600.0)
     assert held.held_bytes == 0
+
+
+def test_a_record_is_kept_for_what_is_left_of_it_and_never_longer_than_it_lasts() -> None:
+    held = store()
+    record = sealed(KEY, 1, 1, 60.0, b"")
+    held.add(KEY, Copy(record, 20.0), PeerId(2), now_s=100.0)
+    assert held.under(KEY, now_s=119.0) == [Copy(record, 1.0)]
+    # One that knows more, and says less than it knows, and more than there can be.
+    for left_s, lasts_s in ((50.0, 155.0), (10.0, 155.0), (60.0, 160.0), (1e9, 160.0)):
+        assert held.add(KEY, Copy(record, left_s), PeerId(3), now_s=105.0)
+        assert held.under(KEY, now_s=lasts_s - 1.0) == [Copy(record, 1.0)]
+    for now_s in (130.0, 150.0, 159.0):
+        assert held.add(KEY, Copy(record, 60.0), PeerId(3), now_s=now_s)
+    assert held.under(KEY, now_s=160.0) == []
+    # A cached copy says what is left of the record, not of the copy.
+    held.add(OTHER, Copy(record, 50.0), PeerId(2), cached_s=10.0)
+    assert held.under(OTHER, now_s=9.0) == [Copy(record, 41.0)]
+    assert held.under(OTHER, now_s=10.0) == []
 
 
 @given(
@@ -206,14 +224,14 @@ def test_a_sender_and_all_senders_together_are_bounded(
     for sender, name, version, size in story:
         key = bytes([name]) * 32
         record = sealed(key, sender, version, 60.0, b"v" * size)
-        held.add(key, record, PeerId(sender), 60.0)
+        held.add(key, Copy(record, 60.0), PeerId(sender))
         total = 0
         for each in range(5):
             mine = [
-                record
+                copy.record
                 for name in range(31)
-                for record in held.under(bytes([name]) * 32, now_s=0.0)
-                if record.owner == each
+                for copy in held.under(bytes([name]) * 32, now_s=0.0)
+                if copy.record.owner == each
             ]
             assert sum(map(size_of, mine)) <= 1_000
             total += sum(map(size_of, mine))
@@ -222,14 +240,14 @@ def test_a_sender_and_all_senders_together_are_bounded(
 
 def test_a_flood_displaces_itself() -> None:
     held = store(most_bytes=3_000, sender_bytes=2_900)
-    held.add(KEY, sealed(KEY, 1, 1, 60.0, b"mine"), PeerId(1), 60.0)
+    held.add(KEY, Copy(sealed(KEY, 1, 1, 60.0, b"mine"), 60.0), PeerId(1))
     for name in range(200):
         key = bytes([name]) * 32
-        held.add(key, sealed(key, 2, 1, 60.0, b"v" * 90), PeerId(2), 60.0)
+        held.add(key, Copy(sealed(key, 2, 1, 60.0, b"v" * 90), 60.0), PeerId(2))
     # Room for others is made from what the flooder holds.
     for owner in range(3, 9):
-        assert held.add(OTHER, sealed(OTHER, owner, 1, 60.0, b""), PeerId(owner), 60.0)
-    assert [r.value for r in held.under(KEY, now_s=0.0) if r.owner == 1] == [b"mine"]
+        assert held.add(OTHER, Copy(sealed(OTHER, owner, 1, 60.0, b""), 60.0), PeerId(owner))
+    assert [c.record.value for c in held.under(KEY, now_s=0.0) if c.record.owner == 1] == [b"mine"]
 
 
 def test_misuse_is_told() -> None:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from shoal.base.errors import (
@@ -36,7 +36,7 @@ from shoal.base.units import to_ns
 from shoal.kernel.peer import Envelope, Peer
 from shoal.kernel.tasks import TaskGroup, TaskHandle
 from shoal.parts.overlay.lookup import Find, Found, Lookup
-from shoal.parts.overlay.records import KEY_BYTES, KeyOf, Record, Records, is_intact, sealed
+from shoal.parts.overlay.records import KEY_BYTES, Copy, KeyOf, Record, Records, is_intact, sealed
 from shoal.parts.overlay.routing_table import BITS, RoutingTable, number_of, number_of_peer
 from shoal.wire.identity import Identity
 from shoal.wire.message import message
@@ -65,7 +65,7 @@ class Store:
     """Keep these records under a key; `cached` ones for a short time only."""
 
     key: bytes
-    records: tuple[Record, ...]
+    copies: tuple[Copy, ...]
     cached: bool
 
 
@@ -112,12 +112,14 @@ class KademliaSettings:
 @dataclass(frozen=True)
 class Values:
     """What a search found. values: by owner, the newest first; hops: rounds of alpha queries until
-    the first holder answered (0: this node holds it); queries: how many were made. False if empty.
+    the first holder answered (0: this node holds it); queries: how many were made; age_s: since
+    each was written, as the nodes that kept it count. False if empty.
     """
 
     values: dict[PeerId, bytes]
     hops: int
     queries: int
+    age_s: dict[PeerId, float] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
         return bool(self.values)
@@ -128,6 +130,16 @@ class Values:
         return next(iter(self.values.values()), None)
 
 
+@dataclass
+class _Own:
+    """What this peer wrote. renewed: until it is withdrawn; again_s: when it is stored again."""
+
+    record: Record
+    renewed: bool
+    again_s: float
+    ends_s: float
+
+
 class Kademlia:
     """One node of the table. A peer has at most one; `start` and `join` come first.
 
@@ -135,7 +147,10 @@ class Kademlia:
     that of its key, records are signed, and peers without a known key are no nodes. Without them
     numbers follow from ids, and a hostile peer may write in another's name.
 
-    Expiry is a time on the owner's clock, so clocks must agree to much better than `lifetime_s`.
+    A record lasts for its lifetime from when it was written: its owner says how much of that is
+    left when it stores it, each node counts on by its own clock, and says so when it passes it on.
+    So clocks need not agree, but for one thing: as anybody may keep a record and store it again, a
+    record whose end is longer ago on a node's clock than the settings' `lifetime_s` is refused.
     Records of a peer that is gone live on until they expire, as long as fewer than k of the nodes
     closest to them vanish between two republications.
 
@@ -184,7 +199,7 @@ class Kademlia:
         self._checking: set[int] = set()
         self._checked_s: dict[int, float] = {}
         self._searched_s: dict[int, float] = {}
-        self._own: dict[bytes, tuple[Record, bool, float]] = {}
+        self._own: dict[bytes, _Own] = {}
         self._version = 0
         self._refreshes = 0
         self._mean_s = self._deviation_s = -1.0
@@ -297,9 +312,11 @@ class Kademlia:
         public = self._key_of(peer)
         return None if public is None else number_of(public)
 
-    def accepts(self, key: bytes, record: Record) -> bool:
+    def accepts(self, key: bytes, copy: Copy) -> bool:
+        record, longest_s = copy.record, self.settings.lifetime_s
         return (
-            record.expires_s > self.peer.now()
+            0 < copy.left_s <= record.lifetime_s <= longest_s
+            and record.version / 1e9 + record.lifetime_s > self.peer.now() - longest_s
             and len(record.value) <= self.settings.record_bytes
             and is_intact(key, record, self._key_of)
         )
@@ -349,7 +366,7 @@ class Kademlia:
     async def _get(self, key: bytes, deadline: float, holders: int) -> Values:
         if holders < 1:
             raise UsageError(f"get: holders={holders}; need at least 1")
-        found = {r.owner: r for r in self.held.under(key, now_s=self.peer.now())}
+        found = {c.record.owner: c for c in self.held.under(key, now_s=self.peer.now())}
         hops = queries = 0
         if not found or holders > 1:
             wanted = holders - bool(found)
@@ -357,14 +374,17 @@ class Kademlia:
             queries = lookup.queries
             if not found:
                 hops = lookup.hops
-            for owner, record in lookup.records.items():
-                if owner not in found or record.version > found[owner].version:
-                    found[owner] = record
+            for owner, copy in lookup.copies.items():
+                if owner not in found or copy.record.version > found[owner].record.version:
+                    found[owner] = copy
             if lookup.holders and (near := lookup.nearest_without) is not None:
-                copies = tuple(lookup.records.values())[:_AT_ONCE]
+                copies = tuple(lookup.copies.values())[:_AT_ONCE]
                 self.group.start(self.ask(near, Store(key, copies, True)), isolate=True)
-        newest = sorted(found.values(), key=lambda record: (-record.version, record.owner))
-        return Values({PeerId(r.owner): r.value for r in newest}, hops, queries)
+        newest = sorted(found.values(), key=lambda c: (-c.record.version, c.record.owner))
+        return Values(
+            {PeerId(c.record.owner): c.record.value for c in newest}, hops, queries,
+            {PeerId(c.record.owner): c.record.lifetime_s - c.left_s for c in newest},
+        )  # fmt: skip
 
     # Publishing.
 
@@ -373,20 +393,22 @@ class Kademlia:
     ) -> int:
         now_s = self.peer.now()
         self._version = max(self._version + 1, to_ns(now_s))
-        record = sealed(key, self.peer.id, self._version, now_s + lifetime_s, value, self._identity)
-        self._own[key] = (record, renewed, now_s + self.settings.republish_s)
-        return await self._store(key, record, deadline)
+        record = sealed(key, self.peer.id, self._version, lifetime_s, value, self._identity)
+        self._own[key] = _Own(
+            record, renewed, now_s + self.settings.republish_s, now_s + lifetime_s
+        )  # fmt: skip
+        return await self._store(key, Copy(record, lifetime_s), deadline)
 
-    async def _store(self, key: bytes, record: Record, deadline: float) -> int:
+    async def _store(self, key: bytes, copy: Copy, deadline: float) -> int:
         """Store at the k closest nodes; how many keep it."""
         targets = await self.closest(_number(key), deadline=deadline)
-        store = Store(key, (record,), False)
+        store = Store(key, (copy,), False)
         kept = 0
 
         async def at(target: PeerId) -> None:
             nonlocal kept
             if target == self.peer.id:
-                kept += self._keep_record(key, record, target, cached=False)
+                kept += self._keep_record(key, copy, target, cached=False)
             else:
                 answer = await self.ask(target, store)
                 kept += isinstance(answer, Stored) and answer.records == 1
@@ -405,13 +427,9 @@ class Kademlia:
             for first in range(min(_AT_ONCE, len(jobs))):
                 group.start(lane(first))
 
-    def _keep_record(self, key: bytes, record: Record, source: PeerId, *, cached: bool) -> bool:
-        now_s = self.peer.now()
-        longest_s = self.settings.cache_s if cached else self.settings.lifetime_s
-        return self.held.add(
-            key, record, source, min(record.expires_s, now_s + longest_s), now_s=now_s,
-            cached=cached,
-        )  # fmt: skip
+    def _keep_record(self, key: bytes, copy: Copy, source: PeerId, *, cached: bool) -> bool:
+        cached_s = self.settings.cache_s if cached else None
+        return self.held.add(key, copy, source, now_s=self.peer.now(), cached_s=cached_s)
 
     # Answers to other nodes.
 
@@ -421,13 +439,13 @@ class Kademlia:
             raise DecodeError(f"find: a number of {len(question.number)} bytes; need {KEY_BYTES}")
         self._heard(source)
         closest = self.table.closest(_number(question.number), self.settings.k + 1)
-        records: list[Record] = []
+        copies: list[Copy] = []
         if question.wants:
-            records = self.held.under(
+            copies = self.held.under(
                 question.number, now_s=self.peer.now(), most_bytes=_ANSWER_BYTES
             )
         peers = tuple([peer for peer in closest if peer != source][: self.settings.k])
-        return Found(peers, tuple(records))
+        return Found(peers, tuple(copies))
 
     async def _on_store(self, envelope: Envelope[Store]) -> Stored:
         store, source = envelope.message, envelope.source
@@ -435,9 +453,9 @@ class Kademlia:
             raise DecodeError(f"store: a key of {len(store.key)} bytes; need {KEY_BYTES}")
         self._heard(source)
         kept = 0
-        for record in store.records[:_AT_ONCE]:
-            if self.accepts(store.key, record):
-                kept += self._keep_record(store.key, record, source, cached=store.cached)
+        for copy in store.copies[:_AT_ONCE]:
+            if self.accepts(store.key, copy):
+                kept += self._keep_record(store.key, copy, source, cached=store.cached)
         return Stored(kept)
 
     async def _on_ping(self, envelope: Envelope[Ping]) -> Pong:
@@ -512,27 +530,28 @@ class Kademlia:
         settings = self.settings
         timeout_s = _UPKEEP_TIMEOUTS * settings.query_timeout_s
 
-        async def again(key: bytes, record: Record) -> None:
-            await self._store(key, record, self.peer.now() + timeout_s)
+        async def again(key: bytes, copy: Copy) -> None:
+            await self._store(key, copy, self.peer.now() + timeout_s)
 
         async def renew(key: bytes) -> None:
             deadline = self.peer.now() + timeout_s
             await self._publish(key, b"", settings.lifetime_s, True, deadline)
 
         due: list[Callable[[], Awaitable[object]]] = []
-        for key, (record, renewed, at_s) in list(self._own.items()):
-            if not renewed and record.expires_s <= now_s:
+        for key, own in list(self._own.items()):
+            if not own.renewed and own.ends_s <= now_s:
                 del self._own[key]
-            elif at_s <= now_s:
-                self._own[key] = (record, renewed, now_s + settings.republish_s)
+            elif own.again_s <= now_s:
+                own.again_s = now_s + settings.republish_s
+                copy = Copy(own.record, min(own.ends_s - now_s, own.record.lifetime_s))
                 due.append(
                     (lambda key=key: renew(key))
-                    if renewed
-                    else (lambda key=key, record=record: again(key, record))
+                    if own.renewed
+                    else (lambda key=key, copy=copy: again(key, copy))
                 )
         # Its owner stores it twice in this time; if not, the owner is gone.
         neglected = self.held.neglected(now_s, now_s - 2 * settings.republish_s)
-        due += [lambda key=key, record=record: again(key, record) for key, record in neglected]
+        due += [lambda key=key, copy=copy: again(key, copy) for key, copy in neglected]
         return due
 
 

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from shoal.base.ids import PeerId
 from shoal.kernel.peer import Peer
 from shoal.kernel.tasks import TaskGroup, TaskHandle
-from shoal.parts.overlay.records import KEY_BYTES, Record
+from shoal.parts.overlay.records import KEY_BYTES, Copy
 from shoal.parts.overlay.routing_table import RoutingTable
 from shoal.wire.message import message
 
@@ -40,7 +40,7 @@ class Found:
     """The closest peers, the closest first, and records."""
 
     peers: tuple[int, ...]
-    records: tuple[Record, ...]
+    copies: tuple[Copy, ...]
 
 
 class Asker(Protocol):
@@ -62,7 +62,7 @@ class Asker(Protocol):
         """Its answer, None when there is none; keeps the table up to date."""
         ...
 
-    def accepts(self, key: bytes, record: Record) -> bool:
+    def accepts(self, key: bytes, copy: Copy) -> bool:
         """Whether a record is intact and has not expired."""
         ...
 
@@ -91,7 +91,7 @@ class Lookup:
         self, asker: Asker, number: int, *, k: int, alpha: int, deadline: float, holders: int = 0,
         start: tuple[PeerId, ...] = (),
     ) -> None:  # fmt: skip
-        self.records: dict[int, Record] = {}
+        self.copies: dict[int, Copy] = {}
         """the newest record of each owner"""
         self.holders: list[PeerId] = []
         """who gave records, in the order of their answers"""
@@ -248,20 +248,21 @@ class Lookup:
         if isinstance(answer, Found):
             self._states[peer] = _State.ANSWERED
             self._add(answer.peers)
-            self._take(peer, answer.records, place)
+            self._take(peer, answer.copies, place)
         else:
             self._states[peer] = _State.FAILED
         self._advance()
 
-    def _take(self, peer: PeerId, records: tuple[Record, ...], place: int) -> None:
+    def _take(self, peer: PeerId, copies: tuple[Copy, ...], place: int) -> None:
         good = False
-        for record in records if self._wanted else ():
-            if not self._asker.accepts(self._key, record):
+        for copy in copies if self._wanted else ():
+            if not self._asker.accepts(self._key, copy):
                 continue
             good = True
-            known = self.records.get(record.owner)
-            if known is None or record.version > known.version:
-                self.records[record.owner] = record
+            owner = copy.record.owner
+            known = self.copies.get(owner)
+            if known is None or copy.record.version > known.record.version:
+                self.copies[owner] = copy
         if good:
             if not self.holders:
                 self.hops = math.ceil(place / self._alpha)

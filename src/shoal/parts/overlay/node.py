@@ -251,7 +251,9 @@ class Node:
         for old in [each for each, (_, until_s) in mine.items() if until_s <= now_s]:
             del mine[old]
         mine[subkey] = (value, now_s + lifetime_s)
-        data = msgspec.msgpack.encode([(each, *rest) for each, rest in sorted(mine.items())])
+        # How long each has left, not until when: readers have other clocks.
+        left = [(each, what, until_s - now_s) for each, (what, until_s) in sorted(mine.items())]
+        data = msgspec.msgpack.encode(left)
         longest_s = max(until_s for _, until_s in mine.values()) - now_s
         return await self.dht.put(
             key, data, deadline=deadline, lifetime_s=min(longest_s, self.settings.dht.lifetime_s)
@@ -268,8 +270,8 @@ class Node:
                 entries = msgspec.msgpack.decode(data, type=list[tuple[bytes, bytes, float]])
             except msgspec.DecodeError:
                 continue
-            now_s = self.peer.now()
-            out |= {(owner, sub): value for sub, value, until_s in entries if until_s > now_s}
+            age_s = found.age_s[owner]
+            out |= {(owner, sub): value for sub, value, left_s in entries if left_s > age_s}
         return out
 
     # Models on top.

@@ -28,17 +28,27 @@ KeyOf = Callable[[PeerId], bytes | None]
 
 @message
 class Record:
-    """One peer's value under a key. expires_s: on the owner's clock; the larger version wins."""
+    """One peer's value under a key. version: nanoseconds on the owner's clock, the larger one wins;
+    lifetime_s: how long it lasts from then on."""
 
     owner: int
     version: int
-    expires_s: float
+    lifetime_s: float
     value: bytes
     seal: bytes
 
 
+@message
+class Copy:
+    """A record on its way. left_s: of its lifetime, as the sender counts; nobody's clock is needed,
+    and the way itself is not counted."""
+
+    record: Record
+    left_s: float
+
+
 def sealed(
-    key: bytes, owner: int, version: int, expires_s: float, value: bytes,
+    key: bytes, owner: int, version: int, lifetime_s: float, value: bytes,
     identity: Identity | None = None,
 ) -> Record:  # fmt: skip
     """A record for a key of 32 bytes, signed if there is an identity.
@@ -47,8 +57,10 @@ def sealed(
     >>> is_intact(bytes(32), record), is_intact(b"1" * 32, record)
     (True, False)
     """
-    text = _text(key, owner, version, expires_s, value)
-    return Record(owner, version, expires_s, value, identity.sign(text) if identity else _sum(text))
+    text = _text(key, owner, version, lifetime_s, value)
+    return Record(
+        owner, version, lifetime_s, value, identity.sign(text) if identity else _sum(text)
+    )
 
 
 def is_intact(key: bytes, record: Record, key_of: KeyOf | None = None) -> bool:
@@ -57,9 +69,9 @@ def is_intact(key: bytes, record: Record, key_of: KeyOf | None = None) -> bool:
     key_of: the owners' public keys; a record of an owner without one is not accepted. Without
     `key_of` this shows damage only: anybody can seal in anybody's name.
     """
-    if not (_fits(record.owner) and _fits(record.version) and math.isfinite(record.expires_s)):
+    if not (_fits(record.owner) and _fits(record.version) and math.isfinite(record.lifetime_s)):
         return False
-    text = _text(key, record.owner, record.version, record.expires_s, record.value)
+    text = _text(key, record.owner, record.version, record.lifetime_s, record.value)
     if key_of is None:
         return record.seal == _sum(text)
     public = key_of(PeerId(record.owner))
@@ -70,8 +82,8 @@ def _fits(number: int) -> bool:
     return -(1 << 63) <= number < 1 << 63
 
 
-def _text(key: bytes, owner: int, version: int, expires_s: float, value: bytes) -> bytes:
-    return b"shoal record" + key + _HEAD.pack(owner, version, expires_s) + value
+def _text(key: bytes, owner: int, version: int, lifetime_s: float, value: bytes) -> bytes:
+    return b"shoal record" + key + _HEAD.pack(owner, version, lifetime_s) + value
 
 
 def _sum(text: bytes) -> bytes:
@@ -86,6 +98,8 @@ def size_of(record: Record) -> int:
 @dataclass(slots=True)
 class _Held:
     record: Record
+    ends_s: float
+    last_s: float
     until_s: float
     source: PeerId
     cached: bool
@@ -102,7 +116,7 @@ class Records:
 
     >>> held = Records(most_bytes=1000, sender_bytes=500, record_bytes=64)
     >>> record = sealed(bytes(32), 3, 1, 60.0, b"here")
-    >>> held.add(bytes(32), record, PeerId(3), 60.0), len(held.under(bytes(32), now_s=0.0))
+    >>> held.add(bytes(32), Copy(record, 60.0), PeerId(3)), len(held.under(bytes(32), now_s=0.0))
     (True, 1)
     >>> held.under(bytes(32), now_s=61.0)
     []
@@ -126,13 +140,18 @@ class Records:
         self.held_bytes = 0
 
     def add(
-        self, key: bytes, record: Record, source: PeerId, until_s: float, *, now_s: float = 0.0,
-        cached: bool = False,
+        self, key: bytes, copy: Copy, source: PeerId, *, now_s: float = 0.0,
+        cached_s: float | None = None,
     ) -> bool:  # fmt: skip
-        """Keep an intact record until a time on this node's clock; False when it is refused.
+        """Keep an intact record for what is left of it; False when it is refused.
 
-        cached: a copy on the path of lookups, which gives way to records that belong here.
+        Whoever stores it again may say that more is left, but from when it first came it is kept
+        for its lifetime at most. cached_s: for how long at most, of a copy on the path of lookups,
+        which gives way to records that belong here.
         """
+        record, cached = copy.record, cached_s is not None
+        ends_s = now_s + min(copy.left_s, record.lifetime_s)
+        until_s = ends_s if cached_s is None else min(ends_s, now_s + cached_s)
         size = size_of(record)
         if len(record.value) > self._record_bytes:
             return False
@@ -148,7 +167,8 @@ class Records:
             if cached and not known.cached:
                 return True
             if record.version == known.record.version:
-                known.until_s = max(known.until_s, until_s)
+                known.ends_s = min(max(known.ends_s, ends_s), known.last_s)
+                known.until_s = min(max(known.until_s, until_s), known.ends_s)
                 known.cached = known.cached and cached
                 known.stored_s = now_s
                 return True
@@ -159,7 +179,8 @@ class Records:
             self._drop(key, record.owner)
         if not self._make_room(size, source):
             return False
-        held = _Held(record, until_s, source, cached, now_s)
+        last_s = now_s + record.lifetime_s
+        held = _Held(record, ends_s, last_s, until_s, source, cached, now_s)
         self._held.setdefault(key, {})[record.owner] = held
         self._by_sender.setdefault(source, {})[key, record.owner] = size
         self._bytes_of[source] = self._bytes_of.get(source, 0) + size
@@ -186,16 +207,20 @@ class Records:
         if not sender:
             del self._by_sender[held.source], self._bytes_of[held.source]
 
-    def under(self, key: bytes, *, now_s: float, most_bytes: float = math.inf) -> list[Record]:
+    def under(self, key: bytes, *, now_s: float, most_bytes: float = math.inf) -> list[Copy]:
         """The records under a key that have not expired, the newest first, as many as fit."""
         owners = self._held.get(key)
         if not owners:
             return []
-        live = [held.record for held in owners.values() if held.until_s > now_s]
-        live.sort(key=lambda record: (-record.version, record.owner))
+        live = [
+            Copy(held.record, held.ends_s - now_s)
+            for held in owners.values()
+            if held.until_s > now_s
+        ]
+        live.sort(key=lambda copy: (-copy.record.version, copy.record.owner))
         total = 0
-        for place, record in enumerate(live):
-            total += size_of(record)
+        for place, copy in enumerate(live):
+            total += size_of(copy.record)
             if total > most_bytes:
                 return live[:place]
         return live
@@ -211,10 +236,10 @@ class Records:
         for key, owner in gone:
             self._drop(key, owner)
 
-    def neglected(self, now_s: float, since_s: float) -> list[tuple[bytes, Record]]:
+    def neglected(self, now_s: float, since_s: float) -> list[tuple[bytes, Copy]]:
         """The records that belong here, live, and were stored by nobody after `since_s`."""
         return [
-            (key, held.record)
+            (key, Copy(held.record, held.ends_s - now_s))
             for key, owners in self._held.items()
             for held in owners.values()
             if held.until_s > now_s and held.stored_s <= since_s and not held.cached
