@@ -234,9 +234,18 @@ def barriers(rows: Rows) -> dict[int, float]:
 
 def bytes_to_90(rows: Rows) -> dict[int, float]:
     """Bytes until the peers have 90%, DIMAT over plain means."""
+    return _bytes_to(rows, 0.9)
+
+
+def bytes_to_85(rows: Rows) -> dict[int, float]:
+    """Bytes until the peers have 85%, DIMAT over plain means."""
+    return _bytes_to(rows, 0.85)
+
+
+def _bytes_to(rows: Rows, accuracy: float) -> dict[int, float]:
     return {
-        s: rows.reach("complete dimat", s, "accuracy", 0.9, axis="bytes")
-        / rows.reach("complete wa", s, "accuracy", 0.9, axis="bytes")
+        s: rows.reach("complete dimat", s, "accuracy", accuracy, axis="bytes")
+        / rows.reach("complete wa", s, "accuracy", accuracy, axis="bytes")
         for s in rows.seeds
     }
 
@@ -371,6 +380,16 @@ SYSTEM = System(
             at_most(0.7),
             measure=bytes_to_90,
             scale="full",
+            expected="fails",
+            reason="0.88 over three seeds of 0.13, 0.88 and 1.13: on this split 90% is what both "
+            "reach after six to nine of ten cycles, so that the cycle in which they cross it is "
+            "chance; see bytes-85",
+        ),
+        Claim(
+            "bytes-85",
+            "so does 85%, which is below what both level off at",
+            at_most(0.7),
+            measure=bytes_to_85,
         ),
         Claim(
             "bytes-per-batch",
@@ -393,6 +412,10 @@ SYSTEM = System(
             at_least(-0.02),
             measure=two_classes,
             scale="full",
+            expected="fails",
+            reason="the paper's claim for unequal data is not reproduced: -0.25 (-0.11 to -0.35) "
+            "after ten cycles. Units for classes that a peer has never seen are matched by noise, "
+            "whichever way is taken, while plain means recover within three cycles",
         ),
     ),
     deviations=(
