@@ -57,7 +57,7 @@ METHODS = (
 )  # fmt: skip
 """The first one says how many bytes and how much time all are given: half of what it takes."""
 
-RATES = (1 / 3, 1.0, 3.0)
+RATES = (1 / 3, 1.0, 3.0, 10.0)
 """Learning rates that are tried, as multiples of a method's own default."""
 
 TUNING_SEED = 100
