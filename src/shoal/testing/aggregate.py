@@ -29,7 +29,8 @@ def check_aggregator(
     gives the center or zeros; permutation and translation equivariance (the latter unless the rule
     says `translation = False`); the bound `kappa` under `tolerates` arbitrary rows, where declared;
     `everyone`, `among` and `mix` against plain calls, where offered; and a run on the meta device.
-    A rule with `bind` is bound to a layout of two tensors.
+    A rule with `bind` is bound to a layout of two tensors; one that says `normalises = True` makes
+    unit vectors of equal rows.
     rows: choose enough for the rule's settings to leave a choice (ties have no order to keep).
     """
     if hasattr(aggregator, "bind"):
@@ -147,10 +148,13 @@ def _check_nobody(rule: Aggregator, x: Stack) -> None:
         zeros = torch.zeros_like(center)
         _close(rule(stack, mask=mask), zeros, "nobody present and no center, so zeros", 0.0)
     alone = rule(x[..., :1, :], mask=everybody[..., :1], center=x[..., 0, :])
-    _close(alone, x[..., 0, :], "a single row, the own one, is not the result")
+    expected = x[..., 0, :]
+    if getattr(rule, "normalises", False):
+        expected = expected / expected.norm(dim=-1, keepdim=True)
+    _close(alone, expected, "a single row, the own one, is not the result")
     same = x[..., :1, :].expand(x.shape)
     out = rule(same, mask=everybody, center=x[..., 0, :])
-    _close(out, x[..., 0, :], "equal rows have another result")
+    _close(out, expected, "equal rows have another result")
 
 
 def _check_equivariance(rule: Aggregator, x: Stack, mask: Mask, key: Tensor) -> None:
