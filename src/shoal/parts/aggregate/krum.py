@@ -63,9 +63,14 @@ def scores(x: Stack, rows: Mask, received: Tensor, byzantine: int) -> Scalar:
 
     received: [...], rows in hand, the ones that are not finite included.
     """
-    square = squared_distances(x, rows)
-    same = torch.eye(x.shape[-2], dtype=torch.bool, device=x.device)
-    others = torch.where(same, float("nan"), square)
+    return scores_of(squared_distances(x, rows), rows, received, byzantine)
+
+
+def scores_of(square: Tensor, rows: Mask, received: Tensor, byzantine: int) -> Scalar:
+    """The same from squared distances [..., k, k], among those rows only."""
+    both = rows.unsqueeze(-1) & rows.unsqueeze(-2)
+    same = torch.eye(rows.shape[-1], dtype=torch.bool, device=rows.device)
+    others = torch.where(both & ~same, square, float("nan"))
     neighbors = (received - byzantine - 2).clamp(min=1)[..., None]
     close = nearest(others, neighbors.expand(rows.shape))
     total = torch.where(close, square, torch.zeros_like(square)).sum(-1)
