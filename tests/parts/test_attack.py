@@ -15,12 +15,16 @@ from shoal.parts.aggregate.nna import NNA
 from shoal.parts.attack.alie import ALIE, believable
 from shoal.parts.attack.base import EVALUATIONS
 from shoal.parts.attack.dissensus import Dissensus
+from shoal.parts.attack.drop import Drop
 from shoal.parts.attack.gaussian import Gaussian
+from shoal.parts.attack.infinite import Infinite
 from shoal.parts.attack.inner_product import InnerProduct
 from shoal.parts.attack.label_flip import LabelFlip
 from shoal.parts.attack.mimic import Mimic
 from shoal.parts.attack.sign_flip import SignFlip
 from shoal.parts.attack.silent import Silent
+from shoal.parts.attack.uniform import Uniform
+from shoal.parts.attack.zero import Zero
 from shoal.rounds.attack import Knowledge, View
 from shoal.rounds.task import Batch, Shard
 from shoal.tensor import keyed
@@ -258,3 +262,56 @@ def test_only_omniscient_attacks_see_others() -> None:
     blind = {n for n in names("attack") if find("attack", n).knowledge is Knowledge.OWN}
     assert blind >= {"sign_flip", "gaussian", "silent", "label_flip"}
     assert not blind & {"alie", "inner_product", "mimic", "dissensus"}
+
+
+def alone(own: torch.Tensor) -> View:
+    return View(honest=own, own=own, round=0)
+
+
+def test_uniform_numbers_fill_their_interval_independently() -> None:
+    own = torch.zeros((40, 1, 500), dtype=torch.float64)
+    sent = Uniform(-2.0, 3.0)(alone(own), keyed.grid(KEY, 40))[:, 0]
+    assert sent.min() >= -2.0
+    assert sent.max() < 3.0
+    assert sent.mean().item() == pytest.approx(0.5, abs=5 * np.sqrt(25 / 12 / sent.numel()))
+    assert sent.var().item() == pytest.approx(25 / 12, rel=0.03)
+    between = torch.corrcoef(sent) - torch.eye(40, dtype=torch.float64)
+    assert between.abs().max() < 5 / np.sqrt(500)
+
+
+@pytest.mark.parametrize("fill", ["zero", "uniform"])
+def test_drop_replaces_its_share_and_nothing_else(fill: str) -> None:
+    own = torch.full((30, 1, 1000), 7.0)
+    sent = Drop(0.3, fill)(alone(own), keyed.grid(KEY, 30))[:, 0]
+    lost = sent != 7.0
+    assert lost.float().mean().item() == pytest.approx(0.3, abs=0.02)
+    assert (sent[lost] == 0).all() == (fill == "zero")
+    assert ((sent[lost] >= 0) & (sent[lost] <= 1)).all()
+    # Other coordinates at each attacker and in each round.
+    assert (lost[0] != lost[1]).any()
+    assert (Drop(0.0)(alone(own), keyed.grid(KEY, 30)) == own).all()
+    assert (Drop(1.0)(alone(own), keyed.grid(KEY, 30)) == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_zeros_and_infinities(dtype: torch.dtype) -> None:
+    own = torch.ones((1, 3), dtype=dtype)
+    assert (Zero()(alone(own), KEY) == 0).all()
+    assert (Infinite(-1)(alone(own), KEY) == -torch.inf).all()
+    vast = Infinite(finite=True)(alone(own), KEY)
+    assert vast.isfinite().all()
+    assert (vast * 2).isinf().all()
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: Uniform(1.0, 1.0), "need low < high"),
+        (lambda: Drop(1.5), "share=1.5"),
+        (lambda: Drop(fill="ones"), "fill='ones'"),
+        (lambda: Infinite(sign=0), "sign=0"),
+    ],
+)
+def test_attacks_without_knowledge_refuse_bad_settings(make, says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        make()
