@@ -15,6 +15,7 @@ from shoal.parts.transform.clip_and_noise import ClipAndNoise
 from shoal.parts.transform.deep_gradient import DeepGradient
 from shoal.parts.transform.error_feedback import ErrorFeedback
 from shoal.parts.transform.identity import Identity
+from shoal.parts.transform.lossy import Lossy
 from shoal.parts.transform.qsgd import Qsgd
 from shoal.parts.transform.quantise import Quantise
 from shoal.parts.transform.sign_sgd import SignSGD
@@ -297,3 +298,16 @@ def test_settings_become_plain_tuples() -> None:
     assert plain_settings([["top_k", {"b": [1], "a": {}}]]) == (
         ("top_k", (("a", ()), ("b", (1,)))),
     )
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+def test_lossy_loses_its_share_of_coordinates_and_keeps_the_others(share: float) -> None:
+    x = 1.0 + vector(5000).abs()
+    got = sent(Lossy(share), x)
+    lost = got == 0
+    assert lost.float().mean().item() == pytest.approx(share, abs=0.03)
+    assert torch.equal(got[~lost], x[~lost])
+    if 0 < share < 1:
+        assert not torch.equal(lost, sent(Lossy(share), x, key_of(6)) == 0)
+    with pytest.raises(UsageError, match="share="):
+        Lossy(1.5)
