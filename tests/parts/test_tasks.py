@@ -172,6 +172,31 @@ def test_a_subset_is_balanced_and_held_out_samples_are_disjoint(count: int, seed
     assert np.bincount(labels[test]).tolist() == [4] * CLASSES
 
 
+def test_noisy_peers_learn_from_noisy_copies_of_their_own_samples() -> None:
+    clean, noisy = Digits(peers=4), Digits(peers=4, noisy=(1, 3), pixel_noise=0.5)
+    count = len(clean.y)
+    assert len(noisy.y) == 9 * count
+    for peer in range(4):
+        before, after = clean.shard(peer), noisy.shard(peer)
+        own = before.index[: int(before.size)]
+        if peer not in (1, 3):
+            assert torch.equal(after.index[: int(after.size)], own)
+            continue
+        places = after.index[: int(after.size)]
+        assert (places >= count).all()
+        assert sorted((places % count).tolist()) == sorted(own.tolist() * 8)
+        assert torch.equal(noisy.y[places], clean.y[places % count])
+        added = noisy.x[places] - clean.x[places % count]
+        assert abs(float(added.std()) - 0.5) < 0.01
+        assert abs(float(added.mean())) < 0.01
+    assert torch.equal(noisy.test_x, clean.test_x)
+    # Seeds share their images, so that they run together.
+    other = Digits(peers=4, noisy=(0,), pixel_noise=0.5, seed=1)
+    assert noisy.joined([noisy, other]).peers == 8
+    with pytest.raises(UsageError, match=r"noisy=\(4,\)"):
+        Digits(peers=4, noisy=(4,))
+
+
 def test_label_noise_replaces_its_share_by_wrong_labels() -> None:
     clean, noisy = Digits(peers=4), Digits(peers=4, label_noise=0.3)
     labels = noisy.shares.labels

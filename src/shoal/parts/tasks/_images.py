@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,10 @@ from shoal.parts.models.mlp import MLP
 from shoal.parts.tasks._splits import Split, shards_of, subset
 from shoal.parts.tasks.base import ModuleTask
 from shoal.rounds.task import Shard
+from shoal.tensor.keyed import grid, key_of, normal
+
+COPIES = 8
+"""Noisy images of each sample: enough that a peer does not learn their noise by heart."""
 
 Table = tuple[Tensor, Tensor, Tensor, Tensor]
 """Training images [n, 1, height, width] in [0, 1], labels [n], test images, test labels."""
@@ -29,6 +34,8 @@ class Images(ModuleTask):
     split and what follows: see `Split`; losers: peers whose samples are lost before round `lost_at`
     (the peers stay); train_samples: learn from so many only, drawn by seed,
     classes balanced; label_noise: share of training labels that are replaced by a wrong one;
+    noisy: peers that learn from images with Gaussian noise of deviation `pixel_noise` on each
+    pixel, eight noisy copies of each of their samples in place of the sample;
     standardise: zero mean and unit variance per pixel over the training set; initialise: how an
     MLP's weights begin, see `MLP`. The test set is the same for every seed.
     """
@@ -46,6 +53,8 @@ class Images(ModuleTask):
     lost_at: int = 0
     train_samples: int | None = None
     label_noise: float = 0.0
+    noisy: tuple[int, ...] = ()
+    pixel_noise: float = 1.0
     standardise: bool = False
     model: str = "mlp"
     hidden: tuple[int, ...] = (64,)
@@ -78,6 +87,13 @@ class Images(ModuleTask):
         if self.train_samples is not None:
             kept = subset(labels, self.train_samples, self.seed)
         parts = [kept[part] for part in rule.parts(labels[kept], self.peers, self.seed)]
+        if self.noisy:
+            self._check_noise()
+            count = len(y)
+            x, y = _with_copies(load, self.standardise, self.device, self.pixel_noise)
+            for peer in self.noisy:
+                places = [parts[peer] + n * count for n in range(1, 1 + COPIES)]
+                parts[peer] = np.concatenate(places)
         shard = shards_of(parts, self.device)
         if self.label_noise:
             shard = Shard(shard.index, shard.size, self._noisy(shard, y))
@@ -88,6 +104,13 @@ class Images(ModuleTask):
             module, "cross_entropy", (x, y), (test_x, test_y), shard, classes=10,
             batching=self.batching,
         )  # fmt: skip
+
+    def _check_noise(self) -> None:
+        if self.pixel_noise < 0 or any(not 0 <= peer < self.peers for peer in self.noisy):
+            raise UsageError(
+                f"task: noisy={self.noisy}, pixel_noise={self.pixel_noise}; need peers from 0 to "
+                f"{self.peers - 1} and a deviation of 0 or more"
+            )
 
     def _until(self, shard: Shard) -> Tensor:
         """The round before which each peer's samples are lost, int64 [peers]."""
@@ -111,6 +134,18 @@ class Images(ModuleTask):
         wrong = torch_uniform(key, y) < self.label_noise
         shift = 1 + (torch_uniform(key + 1, y) * 9).long()
         return torch.where(wrong, (y + shift) % 10, y)[shard.index]
+
+
+@lru_cache(maxsize=2)
+def _with_copies(
+    load: Callable[[bool, str], Table], standardise: bool, device: str, noise: float
+) -> tuple[Tensor, Tensor]:
+    """Training images with noisy copies behind them: the same for every seed, who share them."""
+    x, y, _, _ = load(standardise, device)
+    key = key_of(0, "pixel noise", device=x.device)
+    draws = normal(grid(grid(key, COPIES * len(x)), x[0].numel()), dtype=x.dtype)
+    copies = x.repeat(COPIES, *(1,) * (x.dim() - 1)) + noise * draws.view(-1, *x.shape[1:])
+    return torch.cat((x, copies)), y.repeat(1 + COPIES)
 
 
 def keyed_of(seed: int, like: Tensor) -> Tensor:
