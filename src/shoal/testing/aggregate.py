@@ -29,8 +29,9 @@ def check_aggregator(
     gives the center or zeros; permutation and translation equivariance (the latter unless the rule
     says `translation = False`); the bound `kappa` under `tolerates` arbitrary rows, where declared;
     `everyone`, `among` and `mix` against plain calls, where offered; and a run on the meta device.
-    A rule with `bind` is bound to a layout of two tensors; one that says `normalises = True` makes
-    unit vectors of equal rows.
+    A rule with `bind` is bound to a layout of two tensors. Of a rule with `keeps_length = False`
+    (clipping, unit vectors) only the direction of equal rows is expected; one with
+    `exchangeable = False` (buckets by place) may look at the order of rows.
     rows: choose enough for the rule's settings to leave a choice (ties have no order to keep).
     """
     if hasattr(aggregator, "bind"):
@@ -148,12 +149,14 @@ def _check_nobody(rule: Aggregator, x: Stack) -> None:
         zeros = torch.zeros_like(center)
         _close(rule(stack, mask=mask), zeros, "nobody present and no center, so zeros", 0.0)
     alone = rule(x[..., :1, :], mask=everybody[..., :1], center=x[..., 0, :])
-    expected = x[..., 0, :]
-    if getattr(rule, "normalises", False):
-        expected = expected / expected.norm(dim=-1, keepdim=True)
-    _close(alone, expected, "a single row, the own one, is not the result")
     same = x[..., :1, :].expand(x.shape)
     out = rule(same, mask=everybody, center=x[..., 0, :])
+    expected = x[..., 0, :]
+    if not getattr(rule, "keeps_length", True):
+        alone, out, expected = (
+            vector / vector.norm(dim=-1, keepdim=True) for vector in (alone, out, expected)
+        )
+    _close(alone, expected, "a single row, the own one, is not the result")
     _close(out, expected, "equal rows have another result")
 
 
@@ -162,8 +165,9 @@ def _check_equivariance(rule: Aggregator, x: Stack, mask: Mask, key: Tensor) -> 
     weight = x[..., 0].abs() + 0.1
     expected = rule(x, mask=mask, weight=weight, center=center)
     order = keyed.uniform(keyed.grid(keyed.fold(key, "order"), x.shape[-2])).argsort()
-    out = rule(x[:, order], mask=mask[:, order], weight=weight[:, order], center=center)
-    _close(out, expected, "the order of rows matters")
+    if getattr(rule, "exchangeable", True):
+        out = rule(x[:, order], mask=mask[:, order], weight=weight[:, order], center=center)
+        _close(out, expected, "the order of rows matters")
     if getattr(rule, "translation", True):
         shift = 10.0 * keyed.normal(keyed.grid(keyed.fold(key, "shift"), x.shape[-1])).to(x.dtype)
         out = rule(x + shift, mask=mask, weight=weight, center=center + shift)

@@ -20,10 +20,16 @@ import math
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+import torch
+from torch import Tensor
+
 from shoal.base.errors import UsageError
 from shoal.parts import find
 from shoal.rounds.aggregator import Aggregator
+from shoal.tensor.stack import inner_products
 from shoal.tensor.types import Mask, Stack
+
+_VAST = 1e300
 
 Setting = int | float | str | bool | None
 Settings = tuple[tuple[str, Setting], ...]
@@ -112,6 +118,19 @@ def rule_named(name: str, settings: Settings, byzantine: int) -> Any:
         if count in known:
             given.setdefault(count, byzantine)
     return kind(**given)
+
+
+def bounded_products(x: Stack, rows: Mask) -> Tensor:
+    """`inner_products` of the rows that count, zeros elsewhere, without infinities.
+
+    A row too far for float64 becomes one that is far from everything, in a direction of its own.
+    """
+    inner = inner_products(x, rows)
+    norm = inner.diagonal(dim1=-2, dim2=-1)
+    near = rows & (norm < _VAST)
+    both = near.unsqueeze(-1) & near.unsqueeze(-2)
+    far = (rows & ~near).to(inner.dtype) * _VAST
+    return torch.where(both, inner, torch.zeros_like(inner)) + torch.diag_embed(far)
 
 
 def around_pivot(honest: int, kept: int, byzantine: int) -> float:

@@ -57,8 +57,9 @@ class Flag:
     the rows each way is on k x k matrices in float64.
 
     >>> x = torch.tensor([[2.0, 0.0], [5.0, 0.0], [0.0, 1.0]])
-    >>> Flag(dim=1, iterations=1)(x, mask=torch.ones(3, dtype=torch.bool))
-    tensor([0.6667, 0.0000])
+    >>> update = Flag(dim=1, iterations=1)(x, mask=torch.ones(3, dtype=torch.bool))
+    >>> round(float(update[0]), 4)
+    0.6667
     """
 
     dim: int | None = None
@@ -98,9 +99,9 @@ class Flag:
             )
 
     @property
-    def normalises(self) -> bool:
-        """Whether the result is in units of directions, not of rows."""
-        return self.rescale is None
+    def keeps_length(self) -> bool:
+        """Whether the result is in units of the rows, not of directions."""
+        return self.rescale is not None
 
     def __call__(
         self, x: Stack, *, mask: Mask, weight: Weight | None = None, center: Vector | None = None
