@@ -28,8 +28,21 @@ def calibrated(
     0.15
     """
 
+    return inverted(lambda number: cost(Accountant(family(number), clients)), target, low, high)
+
+
+def inverted(cost: Callable[[float], float], target: float, low: float, high: float) -> float:
+    """The number between `low` and `high` that costs `target`.
+
+    The cost must be finite at both ends and grow or fall between them; UsageError when the target
+    is not reached there.
+
+    >>> round(inverted(lambda x: x * x, 2.0, 0.0, 2.0), 6)
+    1.414214
+    """
+
     def excess(number: float) -> float:
-        return cost(Accountant(family(number), clients)) - target
+        return cost(number) - target
 
     ends = excess(low), excess(high)
     if not min(ends) <= 0 <= max(ends):
