@@ -63,7 +63,10 @@ def launch_seeds(
     if engine not in ENGINES:
         raise UsageError(f"engine {engine!r}; need one of {', '.join(ENGINES)}")
     least_s = LIVE_ROUND_S if engine == "live" else 0.0
-    made = [method_of(what, s, seed, least_s) for s, seed in zip(scenarios, seeds, strict=True)]
+    made: list[tuple[Method, Network, Pieces, Measure]] = []
+    for scenario, seed in zip(scenarios, seeds, strict=True):
+        like = made[0][0] if made else None
+        made.append(method_of(what, scenario, seed, least_s, like))
     from shoal.engine.lockstep import LockstepSettings, run_lockstep
     from shoal.engine.lockstep.timeline import beyond
 
@@ -168,11 +171,12 @@ def program_of(what: Any, scenario: Scenario, seed: int) -> tuple[Any, Network]:
 
 
 def method_of(
-    what: Any, scenario: Scenario, seed: int, least_s: float = 0.0
+    what: Any, scenario: Scenario, seed: int, least_s: float = 0.0, like: Method | None = None
 ) -> tuple[Method, Network, Pieces, Measure]:
     """A Strategy with everything around it that a scenario describes.
 
-    least_s: how long a round must be at least when the scenario does not say how long it is.
+    least_s: how long a round must be at least when the scenario does not say how long it is; like:
+    the method of another seed, whose work need not be counted again.
     """
     from shoal.engine.lockstep import round_seconds
     from shoal.parts import find
@@ -203,6 +207,7 @@ def method_of(
         pieces.byzantine, scenario.eval_every or scenario.rounds, int(restarts),
         scenario.initial == "independent",
     )  # fmt: skip
+    method = replace(method, counted=(like if like and method.works_as(like) else method).work_cost)
     if scenario.round_s is None:
         method = replace(method, round_s=max(least_s, round_seconds(method, network)))
     return method, network, pieces, measure_of(scenario, pieces, seed)

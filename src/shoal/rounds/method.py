@@ -59,6 +59,7 @@ class Method:
     checkpoint_every: rounds between commits to the peer's store; 0 = never.
     independent: every peer draws initial parameters of its own; a hub's go to its clients.
     worlds: how many seeds' tasks are joined in `task` (lockstep runs seeds together).
+    counted: `work_cost`, where it is known already.
     """
 
     strategy: Strategy
@@ -75,6 +76,7 @@ class Method:
     checkpoint_every: int = 0
     independent: bool = False
     worlds: int = 1
+    counted: Cost | None = None
     _waves: dict[int, tuple[Wave, ...]] = field(default_factory=dict, repr=False)
     _active: dict[int, Tensor] = field(default_factory=dict, repr=False)
     _working: dict[int, list[bool]] = field(default_factory=dict, repr=False)
@@ -204,9 +206,30 @@ class Method:
     @cached_property
     def work_cost(self) -> Cost:
         """What one peer's local work takes; counted once at one peer's shapes."""
+        if self.counted is not None:
+            return self.counted
         state, codec = self.strategy.init(self.initial), self.transform.init(self.initial)
         key = keyed.key_of(self.seed, "cost", device=self.initial.device)
         return Cost(flops=count_flops(work, state, codec, self.task.shard(0), key, self, 0))
+
+    def works_as(self, other: Method) -> bool:
+        """Whether one peer's local work takes what it takes with the other method, which is the
+        same one with another seed.
+
+        To count is to do all of it once, with every product looked at.
+        """
+        same = type(self.transform) is type(other.transform)
+        if self.strategy is not other.strategy or not same:
+            return False
+        try:
+            self.task.joined([self.task, other.task])
+        except UsageError:
+            return False
+        shards = self.task.shard(0), other.task.shard(0)
+        leaves = [tree.flatten(shard)[0] for shard in shards]
+        shapes = [[leaf.shape for leaf in found] for found in leaves]
+        held = [[int(_held(shard, round).size) for round in (0, 1)] for shard in shards]
+        return shapes[0] == shapes[1] and held[0] == held[1]
 
     def combine_cost(self, sources: int) -> Cost:
         """What combining takes: a multiplication and an addition per number heard."""
