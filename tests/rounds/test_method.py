@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,10 +14,14 @@ from torch import Tensor
 
 from shoal.base.errors import UsageError
 from shoal.engine.event.simulation import simulate
+from shoal.lab.launch import launch_seeds
+from shoal.lab.scenario import Part, Scenario
 from shoal.parts import find
+from shoal.parts.strategy.local_steps import LocalSteps
 from shoal.rounds import method as phases
 from shoal.rounds.adapter import Rounds
 from shoal.tensor import keyed
+from shoal.tensor.flops import count_flops
 from shoal.world.faults import Crash, Round
 from shoal.world.links import Links
 from shoal.world.network import Network
@@ -212,3 +217,25 @@ def test_counting_moves_as_a_hand_computed_round() -> None:
     assert Counting().init(torch.zeros(DIM)).worked == 0.0
     # Peer 0 holds 1, its neighbours 1 and 3 hold 2 and 4; a third each on a ring.
     assert run.final[0].tolist() == pytest.approx([7 / 3] * DIM)
+
+
+@pytest.mark.parametrize(("split", "times"), [("iid", 1), ("dirichlet", 3)])
+def test_work_is_counted_once_for_seeds_that_work_alike(
+    split: str, times: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted = []
+
+    def count(*args: Any) -> float:
+        counted.append(args)
+        return count_flops(*args)
+
+    monkeypatch.setattr(phases, "count_flops", count)
+    task = Part("digits", {"split": split, "hidden": (8,), "train_samples": 240})
+    world = Scenario("alike", peers=4, rounds=2, task=task)
+    steps, seeds = LocalSteps(epochs=1), [0, 1, 2]
+    runs = launch_seeds(steps, [replace(world, seed=seed) for seed in seeds], seeds)
+    assert len(counted) == times
+    for run, seed in zip(runs, seeds, strict=True):
+        alone = launch_seeds(steps, [replace(world, seed=seed)], [seed])[0]
+        assert run.flops == alone.flops > 0
+        assert run.virtual_s == alone.virtual_s
