@@ -100,7 +100,8 @@ def sampled_gaussian_renyi(s: float, p: float, rounds: int, order: int) -> float
     k = np.arange(int(order) + 1)
     choose = gammaln(order + 1) - gammaln(k + 1) - gammaln(order - k + 1)
     weight = choose + (order - k) * math.log1p(-p) + k * math.log(p)
-    return rounds * max(0.0, float(logsumexp(weight + (k * k - k) / (2 * s * s)))) / (order - 1)
+    total = float(np.asarray(logsumexp(weight + (k * k - k) / (2 * s * s))))
+    return rounds * max(0.0, total) / (order - 1)
 
 
 def momentum_epsilon(
