@@ -120,6 +120,7 @@ class Rounds:
             await self._work(peer, own, round, own.hub_params, given)
         else:
             own.rest(own.hub_params)
+            own.key = method.keys(round)[peer.id]
         heard = await self._hear(peer, own, wave, round, 0, 1)
         payloads, mask, *rest = heard
         mask = mask.clone()
