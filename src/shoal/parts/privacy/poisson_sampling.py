@@ -1,0 +1,55 @@
+"""Records drawn independently of each other, as accountants of sampling assume."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+
+from shoal.rounds.task import Shard, Task
+from shoal.tensor.keyed import fold, uniform
+from shoal.tensor.types import Key, Vector
+
+
+def drawn(shard: Shard, key: Key, p: float) -> Shard:
+    """The part of a shard that a round uses: each sample with probability p, by itself.
+
+    shard, key: leading axes [...]. Sizes differ from draw to draw; samples keep their order.
+    Amplification by sampling holds against those who do not know the key.
+
+    >>> shard = Shard(torch.arange(1000), torch.tensor(1000))
+    >>> drawn(shard, torch.tensor(1), 0.5).size
+    tensor(499)
+    """
+    most = shard.index.shape[-1]
+    places = torch.arange(most, device=key.device)
+    chosen = uniform(fold(key, "records").unsqueeze(-1), places) < p
+    chosen = chosen & (places < shard.size.unsqueeze(-1))
+    order = torch.where(chosen, 0, 1).argsort(dim=-1, stable=True)
+    index = shard.index.expand(order.shape).gather(-1, order)
+    labels = shard.labels
+    if labels is not None:
+        tail = labels.shape[shard.index.dim() :]
+        wide = order.view(*order.shape, *(1 for _ in tail)).expand(*order.shape, *tail)
+        labels = labels.expand(*order.shape, *tail).gather(order.dim() - 1, wide)
+    return replace(shard, index=index, size=chosen.sum(-1), labels=labels)
+
+
+def sampled_gradient(
+    task: Task, params: Vector, shard: Shard, key: Key, p: float, clip: float
+) -> Vector:
+    """1 / (p |D|) times the sum of the clipped gradients of records drawn with probability p.
+
+    params [..., dim]; |D| = shard.size counts as public. Divided by the expected size of the
+    sample, not by the realised one, so that a record moves the result by clip / (p |D|) at most.
+    """
+    total = torch.zeros_like(params)
+    sample = drawn(shard, key, p)
+    expected = p * shard.index.shape[-1]
+    # Nearly every sample fits into one batch; those that do not take another.
+    width = min(shard.index.shape[-1], 1 + math.ceil(expected + 3 * math.sqrt(expected)))
+    for batch in task.epoch(sample, key, width):
+        total = total + task.clipped_grad_sum(params, batch, clip)
+    size = shard.size.clamp_min(1).to(params.dtype).unsqueeze(-1)
+    return total / (p * size)
