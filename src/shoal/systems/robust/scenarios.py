@@ -9,6 +9,13 @@ SCENARIOS = {
         task={"name": "digits", "split": "dirichlet", "alpha": 1.0, "hidden": [32]},
         attack={"name": "alie", "factor": "search"}, exchange={"name": "first_come"},
     ),
+    # A parameter server (peer 0) and 15 workers with equal shares of real 8x8 digits, three of
+    # which send noise in place of gradients.
+    "digits_server": Scenario(
+        name="robust.digits_server", peers=16, rounds=120, eval_every=2, eval_peers=1,
+        byzantine=(1, 2, 3), attack={"name": "uniform"},
+        task={"name": "digits", "hidden": [32]}, exchange={"name": "star", "hub_works": False},
+    ),
     # 50 peers, some of them hubs; half of them share 400 real 8x8 digits, the others relay.
     "digits_disaster": Scenario(
         name="robust.digits_disaster", peers=50, rounds=60, eval_every=5,
