@@ -9,4 +9,11 @@ SCENARIOS = {
         task={"name": "digits", "split": "iid", "hidden": []},
         exchange={"name": "star"}, links="home", device={"name": "device", "flops_per_s": 1e8},
     ),
+    # A hub and 20 silos with 68 or 69 real 8x8 digits each; a linear model of 650 parameters.
+    "digits_silos": Scenario(
+        name="privacy.digits_silos", peers=21, rounds=150, eval_every=10, eval_peers=1,
+        task={"name": "digits", "split": "iid", "hidden": []},
+        exchange={"name": "star", "hub_works": False}, links="home",
+        device={"name": "device", "flops_per_s": 1e8},
+    ),
 }  # fmt: skip
