@@ -301,8 +301,8 @@ SYSTEM = System(
         "R stays the same in all rounds: momentum carries gradients that were clipped at an "
         "earlier, larger R, so that noise which shrinks with R does not cover them",
         "learning rates: 3 for DP-BREM is the better of 1 and 3 by the last accuracy without liars "
-        "and under IPM 3, on seed 100; the others are round numbers of that size, not tuned rule by "
-        "rule (signs take 0.03, as all their entries are 1)",
+        "and under IPM 3, on seed 100; the others are round numbers of that size, not tuned rule "
+        "by rule (signs take 0.03, as all their entries are 1)",
         "liars of `flip` send the momentum of gradients with mirrored labels, not its difference "
         "to the true one; IPM, ALIE (z = -4) and min-max are made from what honest clients send",
         "DP-BREM+ is run for 5 rounds with 7 clients, 2 of whom may collude; the hub executes the "
