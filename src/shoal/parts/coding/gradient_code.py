@@ -24,6 +24,8 @@ from shoal.tensor import keyed
 
 RESIDUAL = 1e-9
 """How far from the ones a combination of rows may be; beyond it decoding is refused."""
+REFINED = 1e-11
+"""From which residual on a solution is refined by another way."""
 DRAWS = 8
 """Matrices H that are drawn, of which the best conditioned is taken."""
 _Array = np.ndarray
@@ -200,6 +202,10 @@ class GradientCode:
         free = np.linalg.lstsq(zero[missing], -some[missing], rcond=None)[0]
         weights = (some + zero @ free)[list(key)]
         rows, ones = self.matrix[list(key)], np.ones(self.parts)
+        left = ones - rows.T @ weights
+        if np.abs(left).max() > REFINED:
+            # Rare, and slow: solve for what the short way has left.
+            weights = weights + np.linalg.lstsq(rows.T, left, rcond=None)[0]
         residual = float(np.abs(ones - rows.T @ weights).max())
         if not residual <= RESIDUAL:
             raise UsageError(
