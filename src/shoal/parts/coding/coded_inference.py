@@ -149,12 +149,14 @@ class CodedInference:
     # Peer 0.
 
     async def _ask(self, peer: Peer) -> None:
-        blocks = torch.arange(len(self.inputs)).tensor_split(self.batches)
+        blocks = torch.arange(len(self.inputs), device=self.inputs.device).tensor_split(
+            self.batches
+        )
         found: list[Tensor | None] = []
         for batch, chosen in enumerate(blocks):
             kept = peer.store.get(f"batch {batch}")
             if kept is None:
-                kept = await self._batch(peer, batch, self.inputs[chosen.to(self.inputs.device)])
+                kept = await self._batch(peer, batch, self.inputs[chosen])
                 if kept is not None:
                     await peer.store.commit({f"batch {batch}": kept})
             found.append(kept)
@@ -181,8 +183,9 @@ class CodedInference:
                 share = Share(batch, shares[place])
                 group.start(self._one(peer, worker, share, deadline, place, answers))
         outputs = applied(inputs[:1], self.module, len(features)).shape[1:]
-        values = torch.zeros(N, samples * outputs.numel(), dtype=torch.float64)
-        values = values.to(inputs.device)
+        values = torch.zeros(
+            N, samples * outputs.numel(), dtype=torch.float64, device=inputs.device
+        )  # fmt: skip
         present = torch.zeros(N, dtype=torch.bool, device=inputs.device)
         for place, answer in answers.items():
             # Whoever answers in another shape, or with what is no number, has not answered.
@@ -223,7 +226,7 @@ class CodedInference:
         features = self.inputs.dim() - 1
         central = applied(self.inputs, self.module, features).flatten(1).to(torch.float64)
         got = [
-            torch.full((size, central.shape[1]), math.nan, dtype=torch.float64)
+            torch.full((size, central.shape[1]), math.nan, dtype=torch.float64, device="cpu")
             if part is None else part.cpu()
             for part, size in zip(found, sizes, strict=True)
         ]  # fmt: skip
