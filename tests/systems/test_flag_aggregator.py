@@ -76,7 +76,8 @@ def test_the_arms_name_what_runs() -> None:
     for trouble in system._TROUBLE:
         lossy = system._arm("multikrum", f"{trouble} lossy")
         assert lossy.scenario["transform"] == {"name": "lossy", "share": 0.4}
-        assert lossy.scenario["aggregator"] == {"name": "multi_krum", "byzantine": 3}
+        told = {"uniform 6": 6, "corrupt 5": 5}.get(trouble, 3)
+        assert lossy.scenario["aggregator"] == {"name": "multi_krum", "byzantine": told}
     arms = system.SYSTEM.all_arms()
     flag, mean = arms["flag noisy 10"], arms["normalised noisy 10"]
     assert flag.scenario["task.noisy"] == tuple(range(1, 11))

@@ -51,7 +51,7 @@ RULES: Mapping[str, Mapping[str, Any]] = {
 }
 """What Flag is compared with; `normalised` has room for all directions, so it is their mean."""
 RATE = 0.4
-"""The server's learning rate: the best of 0.05, 0.1, 0.2, 0.4 and 0.8 with each rule."""
+"""The server's learning rate."""
 BASELINES = ("median", "trimmed", "multikrum", "bulyan", "meamed", "phocas")
 GRID = ("uniform", "reverse", "noisy", "uniform lossy", "reverse lossy", "noisy lossy")
 _TROUBLE: Mapping[str, Mapping[str, Any]] = {
@@ -85,6 +85,9 @@ def _arm(rule: str, trouble: str, rate: float = RATE) -> Arm:
         # The mean of the honest gradients: the faulty ones are absent.
         rule, world["attack"] = "mean", {"name": "silent"}
     world["aggregator"] = dict(RULES[rule])
+    if rule == "multikrum" and len(world.get("byzantine", ())) > FAULTY:
+        # Beyond the three that all others are made for it is told the truth.
+        world["aggregator"]["byzantine"] = len(world["byzantine"])
     return Arm(system="diloco", set=server, scenario=world)
 
 
@@ -285,19 +288,10 @@ SYSTEM = System(
         ),
         Claim(
             "scaling-alone",
-            "not in the paper: there the mean of unit gradients alone ties, within 2 points",
+            "not in the paper: under uniform noise unit gradients alone tie, within 2 points",
             between(-0.02, 0.02),
             metric="accuracy",
             compare=difference("flag uniform", "normalised uniform"),
-            scale="full",
-        ),
-        Claim(
-            "limit",
-            "beyond the paper's claim: 6 of 15 own a direction, and Multi-Krum is 5 points ahead "
-            "or more",
-            at_least(0.05),
-            metric="accuracy",
-            compare=difference("multikrum uniform 6", "flag uniform 6"),
             scale="full",
         ),
     ),
@@ -306,7 +300,12 @@ SYSTEM = System(
         "ResNet-18 on CIFAR-10: the rule sees nothing but inner products of 15 gradients.",
         "the server holds a sixteenth of the data, of which it makes no use.",
         "the server's momentum is Nesterov's, and weight decay is added by the workers.",
+        "one learning rate for all: of 0.05, 0.1, 0.2, 0.4 and 0.8 the best for Flag, unit "
+        "gradients, the honest mean and Multi-Krum (uniform noise, seed 100, 60 rounds); the other "
+        "rules were not tuned apart.",
         "noisy workers learn from eight fixed noisy copies of each image, not fresh noise.",
+        "with 6 of 15 workers sending uniform noise Flag ends at 0.939 and Multi-Krum that expects "
+        "6 at 0.950, with 5 workers whose links corrupt 40% both at 0.955 (one seed).",
         "the grid is run where it is hardest, 3 faulty workers, without loss and with 40%.",
     ),
     small=Budget(
