@@ -224,6 +224,10 @@ SYSTEM = System(
             at_least(0.05),
             measure=measured.above_local_clean,
             scale="full",
+            expected="fails",
+            reason="1.4 to 2.2 points: centred clipping with noise at the clients has 0.894, 0.877 "
+            "and 0.889 on the three seeds at a learning rate of 1, DP-BREM 0.911, 0.891 and 0.911; "
+            "momentum and 20 clients average most of the noise of a linear model away",
         ),
         Claim(
             "hub-noise-attacked",
