@@ -180,7 +180,7 @@ SYSTEM = System(
         Claim(
             "over-bacc-fewer", "and so with 1 and 2 liars",
             at_most(0.15), measure=measured.over_plain_fewer, expected="fails",
-            reason="0.29 for the sine with one liar of magnitude 1: plain BACC then errs by 0.08 "
+            reason="0.2 to 0.3 for the sine with one liar of magnitude 1: plain BACC then errs by 0.08 "
             "to 0.10, and without lies the error is 0.018, a fifth of that, below which no decoder "
             "that leaves liars out can come",
         ),
@@ -210,7 +210,7 @@ SYSTEM = System(
         Claim(
             "nobody-accused", "Without lies nobody is left out, with up to 4 answers missing",
             at_least(0.95), measure=measured.quiet, statistic="min", expected="fails",
-            reason="0.70 at dimension 25 with 4 answers missing, where two checks are left and one "
+            reason="0.6 to 0.7 at dimension 25 with 4 answers missing, where two checks are left and one "
             "error explains too much by chance; 0.93 there with 2 missing, and 0.95 or more at "
             "dimensions 11, 15 and 21; a worker left out costs what a missing one does",
         ),
