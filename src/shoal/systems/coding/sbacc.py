@@ -180,9 +180,9 @@ SYSTEM = System(
         Claim(
             "over-bacc-fewer", "and so with 1 and 2 liars",
             at_most(0.15), measure=measured.over_plain_fewer, expected="fails",
-            reason="0.2 to 0.3 for the sine with one liar of magnitude 1: plain BACC then errs by 0.08 "
-            "to 0.10, and without lies the error is 0.018, a fifth of that, below which no decoder "
-            "that leaves liars out can come",
+            reason="0.2 to 0.3 for the sine with one liar of magnitude 1: plain BACC then errs by "
+            "0.08 to 0.10, and without lies the error is 0.018, a fifth of that, below which no "
+            "decoder that leaves liars out can come",
         ),
         Claim(
             "trade-off",
@@ -210,9 +210,9 @@ SYSTEM = System(
         Claim(
             "nobody-accused", "Without lies nobody is left out, with up to 4 answers missing",
             at_least(0.95), measure=measured.quiet, statistic="min", expected="fails",
-            reason="0.6 to 0.7 at dimension 25 with 4 answers missing, where two checks are left and one "
-            "error explains too much by chance; 0.93 there with 2 missing, and 0.95 or more at "
-            "dimensions 11, 15 and 21; a worker left out costs what a missing one does",
+            reason="0.6 to 0.7 at dimension 25 with 4 answers missing, where two checks are left "
+            "and one error explains too much by chance; 0.93 there with 2 missing, and 0.95 "
+            "or more at dimensions 11, 15 and 21; a worker left out costs what a missing one does",
         ),
         Claim(
             "inference", "A digits MLP over 31 workers with 3 liars is within 1 point of the model "
