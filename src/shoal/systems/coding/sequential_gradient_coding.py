@@ -276,6 +276,10 @@ SYSTEM = System(
         Claim(
             "paper-size", "On 256 workers M-SGC takes 16% less time than GC",
             at_most(0.84), measure=measured.m_over_gc_large, at="abstract", scale="full",
+            expected="fails",
+            reason="seeds 0 to 3: 0.99, 1.13, 1.10 and 1.12 of the best GC's time, with delays of "
+            "up to 3 rounds and up to 40 stragglers to choose from. The share of slow rounds, 4%, "
+            "was kept from 64 workers, so that four times as many are late in a round.",
         ),
         Claim(
             "exact", "Decoded gradients are the gradient over all data",
