@@ -81,7 +81,7 @@ def test_a_peer_that_dies_is_started_again_until_it_lives(tmp_path: Path) -> Non
 
 def test_restarts_have_a_limit_and_half_a_report_is_none(tmp_path: Path) -> None:
     crew = fleet(tmp_path, "torn", "ends", restarts=2, backoff_s=0.02, backoff_most_s=0.02)
-    crew.posts[1].command = (sys.executable, "-c", "import time; time.sleep(3)")
+    crew.posts[1].command = (sys.executable, "-c", "import time; time.sleep(8)")
     crew.run()
     assert (crew.posts[0].state, crew.posts[0].restarts) == ("died", 2)
     assert crew.posts[0].why == "killed by SIGKILL"

@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.parts.test_collective_faults import PEERS, RING, Counts, complaint, run_group
+from test_collective_faults import PEERS, RING, Counts, complaint, run_group
 
 from shoal.parts.collective._errors import (
     CollectiveError,

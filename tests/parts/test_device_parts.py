@@ -44,9 +44,18 @@ def normal(*shape: int, word: str = "x", dtype: torch.dtype = torch.float32) -> 
 
 # Aggregators.
 
-LOOKS = {"centered_clipping": 2, "nnm": 1}
+LOOKS = {
+    "centered_clipping": 2,
+    "nnm": 1,
+    "bucketing": 1,
+    "mda": 1,
+    "smea": 2,
+    "caf": 6,
+    "flag": 12,
+}
 """Rules that look at their input, because a guess would cost far more than the wait (nnm: for the
-rule inside)."""
+rule inside); that send a table of indices (bucketing, mda, smea); or that decompose small matrices,
+for which torch waits (smea, caf and flag, the last two once for each iteration)."""
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

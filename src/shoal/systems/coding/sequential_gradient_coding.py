@@ -63,7 +63,7 @@ class Sequential:
     stragglers: int = 1
     burst: int = 1
     window: int = 2
-    most: int = 4
+    most: int = 2
     models: int = 4
     lr: float = 0.5
     mu: float = 1.0
