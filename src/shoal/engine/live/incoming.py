@@ -290,9 +290,11 @@ class Incoming:
         self._heavy = False
         try:
             while held or self._read():
-                held = False
+                rest, held = held, False
                 if not self._take(end_s):
                     break
+                if rest:
+                    continue  # The rest of a flood: more is here, and belongs to this turn.
                 if cutter.inside is None:
                     break  # Most likely that was all: no need to ask.
                 reads += 1
