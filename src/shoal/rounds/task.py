@@ -22,12 +22,15 @@ class Shard:
     index: int64 [..., most], padded with 0; size: int64 [...]. Two peers may share samples.
     labels: [..., most, *] in place of the task's own targets (poisoned data), or None.
     until: int64 [...]: the round from which on a peer's samples are lost, or None (never).
+    held: int64 [..., kept]: samples that a peer keeps to test models on and does not train on,
+    padded with -1; or None (nobody keeps any).
     """
 
     index: Index
     size: Tensor
     labels: Tensor | None = None
     until: Tensor | None = None
+    held: Index | None = None
 
 
 @dataclass(frozen=True)
@@ -108,3 +111,7 @@ class Task(Protocol):
     def evaluate(self, params: Vector) -> dict[str, Scalar]:
         """Metrics on the task's test set, such as `accuracy` and `loss`, each `[...]`."""
         ...
+
+    # Optional: outputs(params, x) -> what the model says to samples: params [..., dim], x
+    # [..., batch, *features], result [..., batch, *]; for methods that look at predictions.
+    # Optional: held(shard) -> Batch. The samples that peers keep for testing; masked where none.

@@ -8,10 +8,14 @@ the others, so that its receiver can tell.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 from zlib import crc32
 
+from msgspec.structs import astuple, replace
+
 from shoal.wire.message import Packed
+
+M = TypeVar("M")
 
 
 def checksum(*fields: Any) -> int:
@@ -46,3 +50,13 @@ def _bytes(field: Any) -> bytes | memoryview:
 
         return raw(field)
     return repr(field).encode()
+
+
+def sealed(told: M) -> M:
+    """The same message with the checksum of its other fields in `check`, its last field."""
+    return replace(told, check=checksum(*astuple(told)[:-1]))  # pyright: ignore[reportArgumentType]
+
+
+def intact(told: Any) -> bool:
+    """Whether a message is what its sender sealed; one that is not counts as lost."""
+    return told.check == checksum(*astuple(told)[:-1])

@@ -29,11 +29,11 @@ from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import gammaln, logsumexp
 
 from shoal.base.errors import UsageError
 from shoal.parts.privacy.accountant import to_epsilon
 from shoal.parts.privacy.calibrate import inverted
+from shoal.parts.privacy.sampled_gaussian import check_noise, sampled_gaussian_renyi
 
 ORDERS = (
     *(1.0 + step / 10 for step in range(1, 10)), *(float(order) for order in range(2, 65)),
@@ -82,26 +82,6 @@ def _chords(at: NDArray[np.float64], points: int) -> NDArray[np.float64]:
     out[low, column] = 1 - (place - low)
     out[low + 1, column] = place - low
     return out
-
-
-def sampled_gaussian_renyi(s: float, p: float, rounds: int, order: int) -> float:
-    """D_alpha of the Gaussian mechanism on a Poisson sample, at a whole order, `rounds` times.
-
-    Exact for adding or removing a record (the larger of both directions).
-
-    >>> round(sampled_gaussian_renyi(2.0, 1.0, 1, 4), 3)
-    0.5
-    """
-    _check(s, p, rounds, 0.0)
-    if order < 2 or order != int(order):
-        raise UsageError(f"sampled_gaussian_renyi: order={order}; need a whole order from 2 on")
-    if p == 1:
-        return rounds * order / (2 * s * s)
-    k = np.arange(int(order) + 1)
-    choose = gammaln(order + 1) - gammaln(k + 1) - gammaln(order - k + 1)
-    weight = choose + (order - k) * math.log1p(-p) + k * math.log(p)
-    total = float(np.asarray(logsumexp(weight + (k * k - k) / (2 * s * s))))
-    return rounds * max(0.0, total) / (order - 1)
 
 
 def momentum_epsilon(
@@ -155,11 +135,6 @@ def momentum_noise(epsilon: float, p: float, T: int, beta: float, delta: float) 
 
 
 def _check(s: float, p: float, rounds: int, beta: float) -> None:
-    if not 0 < s < math.inf:
-        raise UsageError(f"s={s}; need noise above 0 (its deviation over the sensitivity)")
-    if not 0 < p <= 1:
-        raise UsageError(f"p={p}; need a sampling probability above 0 and at most 1")
     if not 0 <= beta < 1:
         raise UsageError(f"beta={beta}; need 0 <= beta < 1 (0 = no momentum)")
-    if rounds < 1:
-        raise UsageError(f"rounds={rounds}; need at least 1")
+    check_noise(s, p, rounds)

@@ -1,4 +1,7 @@
-"""Records drawn independently of each other, as accountants of sampling assume."""
+"""Records drawn independently of each other, as accountants of sampling assume; or dealt out.
+
+Both give a part of a shard, whose clipped gradients are summed with no sample twice.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,11 @@ import math
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from shoal.rounds.task import Shard, Task
 from shoal.tensor.keyed import fold, uniform
-from shoal.tensor.types import Key, Vector
+from shoal.tensor.types import Key, Mask, Vector
 
 
 def drawn(shard: Shard, key: Key, p: float) -> Shard:
@@ -22,9 +26,27 @@ def drawn(shard: Shard, key: Key, p: float) -> Shard:
     >>> drawn(shard, torch.tensor(1), 0.5).size
     tensor(499)
     """
-    most = shard.index.shape[-1]
-    places = torch.arange(most, device=key.device)
-    chosen = uniform(fold(key, "records").unsqueeze(-1), places) < p
+    places = torch.arange(shard.index.shape[-1], device=key.device)
+    return _kept(shard, uniform(fold(key, "records").unsqueeze(-1), places) < p, places)
+
+
+def dealt(shard: Shard, part: Tensor, parts: int) -> Shard:
+    """The samples whose place in the shard is `part` modulo `parts`: each is in one part.
+
+    part: int64 [...]. Nobody draws anything, and whether a sample is there moves no other one (the
+    last ones apart, which may be missing).
+
+    >>> shard = Shard(torch.arange(10), torch.tensor(8))
+    >>> some = dealt(shard, torch.tensor(1), 3)
+    >>> some.index[: some.size]
+    tensor([1, 4, 7])
+    """
+    places = torch.arange(shard.index.shape[-1], device=part.device)
+    return _kept(shard, places % parts == part.unsqueeze(-1), places)
+
+
+def _kept(shard: Shard, chosen: Mask, places: Tensor) -> Shard:
+    """A shard's samples at the chosen places [..., most], in their order."""
     chosen = chosen & (places < shard.size.unsqueeze(-1))
     order = torch.where(chosen, 0, 1).argsort(dim=-1, stable=True)
     index = shard.index.expand(order.shape).gather(-1, order)
@@ -36,6 +58,22 @@ def drawn(shard: Shard, key: Key, p: float) -> Shard:
     return replace(shard, index=index, size=chosen.sum(-1), labels=labels)
 
 
+def clipped_sum(
+    task: Task, params: Vector, sample: Shard, key: Key, expected: float, clip: float
+) -> Vector:
+    """The sum of the clipped gradients of every record of a sample, [..., dim].
+
+    expected: about how many records that are; more take more memory or more passes, and are not
+    left out.
+    """
+    total = torch.zeros_like(params)
+    # Nearly every sample fits into one batch; those that do not take another.
+    width = min(sample.index.shape[-1], 1 + math.ceil(expected + 3 * math.sqrt(expected)))
+    for batch in task.epoch(sample, key, width):
+        total = total + task.clipped_grad_sum(params, batch, clip)
+    return total
+
+
 def sampled_gradient(
     task: Task, params: Vector, shard: Shard, key: Key, p: float, clip: float
 ) -> Vector:
@@ -44,12 +82,7 @@ def sampled_gradient(
     params [..., dim]; |D| = shard.size counts as public. Divided by the expected size of the
     sample, not by the realised one, so that a record moves the result by clip / (p |D|) at most.
     """
-    total = torch.zeros_like(params)
     sample = drawn(shard, key, p)
-    expected = p * shard.index.shape[-1]
-    # Nearly every sample fits into one batch; those that do not take another.
-    width = min(shard.index.shape[-1], 1 + math.ceil(expected + 3 * math.sqrt(expected)))
-    for batch in task.epoch(sample, key, width):
-        total = total + task.clipped_grad_sum(params, batch, clip)
+    total = clipped_sum(task, params, sample, key, p * shard.index.shape[-1], clip)
     size = shard.size.clamp_min(1).to(params.dtype).unsqueeze(-1)
     return total / (p * size)

@@ -66,16 +66,32 @@ class Shamir:
         degree: more than the scheme's own, for masks of products.
         """
         degree = self.degree if degree is None else degree
+        packed = self._packed(secrets)
+        drawn = uniform(fold(key, "share"), self._randoms(degree) * packed[0].size)
+        return self.spread(secrets, drawn, degree=degree)
+
+    def spread(
+        self, secrets: Elements, drawn: Elements, *, degree: int | None = None
+    ) -> Elements:
+        """As `share`, from random elements that the caller has drawn, for secrets that a key of
+        64 bits must not give away: (degree + 1 - pack) for each place of the packed secrets."""
+        degree = self.degree if degree is None else degree
         if not self.degree <= degree < self.holders:
             raise UsageError(
                 f"share: degree={degree}; need {self.degree} to {self.holders - 1}, fewer than "
                 "there are holders"
             )
-        packed = self._packed(secrets)
-        randoms = degree + 1 - self.pack
-        drawn = uniform(fold(key, "share"), randoms * packed[0].size)
+        packed, randoms = self._packed(secrets), self._randoms(degree)
+        if drawn.size != randoms * packed[0].size:
+            raise UsageError(
+                f"spread: {drawn.size} random elements; need {randoms} for each of "
+                f"{packed[0].size} secrets"
+            )
         known = np.concatenate((packed, drawn.reshape(randoms, *packed.shape[1:])))
         return matmul(_sharing(self, degree), known)
+
+    def _randoms(self, degree: int) -> int:
+        return max(degree + 1 - self.pack, 0)
 
     def reconstruct(
         self, shares: Elements, holders: Sequence[int], *, degree: int | None = None,

@@ -15,7 +15,7 @@ from shoal.base import keyed
 from shoal.base.errors import UsageError
 from shoal.parts.models.cnn import CNN
 from shoal.parts.models.mlp import MLP
-from shoal.parts.tasks._splits import Split, shards_of, subset
+from shoal.parts.tasks._splits import Split, set_aside, shards_of, subset
 from shoal.parts.tasks.base import ModuleTask
 from shoal.rounds.task import Shard
 from shoal.tensor.keyed import grid, key_of, normal
@@ -33,7 +33,9 @@ class Images(ModuleTask):
 
     split and what follows: see `Split`; losers: peers whose samples are lost before round `lost_at`
     (the peers stay); train_samples: learn from so many only, drawn by seed,
-    classes balanced; label_noise: share of training labels that are replaced by a wrong one;
+    classes balanced; own_tests: how many of its samples each peer keeps for testing (`Shard.held`),
+    the same share of each class; label_noise: share of training labels that are replaced by a wrong
+    one;
     noisy: peers that learn from images with Gaussian noise of deviation `pixel_noise` on each
     pixel, eight noisy copies of each of their samples in place of the sample;
     standardise: zero mean and unit variance per pixel over the training set; initialise: how an
@@ -52,6 +54,7 @@ class Images(ModuleTask):
     losers: tuple[int, ...] = ()
     lost_at: int = 0
     train_samples: int | None = None
+    own_tests: int = 0
     label_noise: float = 0.0
     noisy: tuple[int, ...] = ()
     pixel_noise: float = 1.0
@@ -69,6 +72,8 @@ class Images(ModuleTask):
             raise UsageError(f"task: model={self.model!r}; need mlp or cnn")
         if not 0 <= self.label_noise <= 1:
             raise UsageError(f"task: label_noise={self.label_noise}; need 0 to 1")
+        if self.own_tests < 0:
+            raise UsageError(f"task: own_tests={self.own_tests}; need 0 (none) or more")
         if self.model == "cnn" and self.initialise != "layer":
             raise UsageError(
                 f"task: initialise={self.initialise!r}; a cnn has its layers' own rule"
@@ -87,6 +92,9 @@ class Images(ModuleTask):
         if self.train_samples is not None:
             kept = subset(labels, self.train_samples, self.seed)
         parts = [kept[part] for part in rule.parts(labels[kept], self.peers, self.seed)]
+        held = None
+        if self.own_tests:
+            parts, held = set_aside(parts, labels, self.own_tests)
         if self.noisy:
             self._check_noise()
             count = len(y)
@@ -95,8 +103,10 @@ class Images(ModuleTask):
                 places = [parts[peer] + n * count for n in range(1, 1 + COPIES)]
                 parts[peer] = np.concatenate(places)
         shard = shards_of(parts, self.device)
+        if held is not None:
+            shard = replace(shard, held=torch.as_tensor(held, device=self.device))
         if self.label_noise:
-            shard = Shard(shard.index, shard.size, self._noisy(shard, y))
+            shard = replace(shard, labels=self._noisy(shard, y))
         if self.losers:
             shard = replace(shard, until=self._until(shard))
         module = self._model().build(tuple(x.shape[1:]), 10)

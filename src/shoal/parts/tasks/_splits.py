@@ -225,6 +225,31 @@ def shards_of(parts: Sequence[np.ndarray], device: str = "cpu") -> Shard:
     return Shard(index.to(device), size)
 
 
+def set_aside(
+    parts: Sequence[np.ndarray], labels: np.ndarray, count: int
+) -> tuple[list[np.ndarray], np.ndarray]:
+    """Each peer's positions without `count` of them, and those [peers, count], padded with -1.
+
+    Each class gives up the same share of its samples, the last ones, and keeps at least one. So a
+    peer with few samples of many classes sets aside fewer than `count`.
+
+    >>> kept, held = set_aside([np.arange(6)], np.array([0, 0, 0, 1, 1, 1]), 2)
+    >>> kept[0].tolist(), held.tolist()
+    ([0, 1, 3, 4], [[2, 5]])
+    """
+    kept, held = [], np.full((len(parts), count), -1, np.int64)
+    for peer, part in enumerate(parts):
+        share = np.full(len(part), np.inf)
+        for c in np.unique(labels[part]):
+            own = np.flatnonzero(labels[part] == c)
+            share[own[1:]] = (np.arange(len(own) - 2, -1, -1) + 0.5) / len(own)
+        first = np.argsort(share, kind="stable")[:count]
+        aside = np.sort(first[np.isfinite(share[first])])
+        held[peer, : len(aside)] = part[aside]
+        kept.append(np.delete(part, aside))
+    return kept, held
+
+
 def subset(labels: np.ndarray, count: int, seed: int) -> np.ndarray:
     """`count` positions, classes balanced as far as they go."""
     if not 1 <= count <= len(labels):

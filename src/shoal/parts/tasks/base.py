@@ -139,7 +139,8 @@ class ModuleTask:
         split = self.shares
         labels = None if split.labels is None else split.labels[peer]
         until = None if split.until is None else split.until[peer]
-        return Shard(split.index[peer], split.size[peer], labels, until)
+        held = None if split.held is None else split.held[peer]
+        return Shard(split.index[peer], split.size[peer], labels, until, held)
 
     def joined(self, tasks: Sequence[Task]) -> ModuleTask:
         for task in tasks:
@@ -161,7 +162,14 @@ class ModuleTask:
         until = None
         if self.shares.until is not None:
             until = torch.cat([share.until for share in shares if share.until is not None])
-        vars(out).update(shares=Shard(index, size, labels, until), peers=int(size.shape[0]))
+        held = None
+        if self.shares.held is not None:
+            kept = [share.held for share in shares if share.held is not None]
+            most = max(part.shape[-1] for part in kept)
+            held = torch.cat([_wider(part, most, -1) for part in kept])
+        vars(out).update(
+            shares=Shard(index, size, labels, until, held), peers=int(size.shape[0])
+        )
         return out
 
     def _shares_with(self, other: ModuleTask) -> bool:
@@ -169,6 +177,7 @@ class ModuleTask:
         same = all(getattr(self, n) is getattr(other, n) for n in ("x", "y", "test_x", "test_y"))
         noisy = (self.shares.labels is None) == (other.shares.labels is None)
         noisy &= (self.shares.until is None) == (other.shares.until is None)
+        noisy &= (self.shares.held is None) == (other.shares.held is None)
         models = self.spec == other.spec and str(self.module) == str(other.module)
         return same and noisy and models and self.loss_rule == other.loss_rule
 
@@ -199,6 +208,30 @@ class ModuleTask:
         else:
             y = _gather_labels(shard.labels, place)
         return Batch(x, y, mask)
+
+    def held(self, shard: Shard) -> Batch:
+        """The samples that peers keep for testing, with true labels; masked where there is none."""
+        if shard.held is None:
+            raise UsageError(
+                f"{type(self).__name__}: its peers keep no samples for testing (set own_tests, or "
+                "give the split `held`)"
+            )
+        flat = shard.held.clamp_min(0).reshape(-1)
+        x = self.x.index_select(0, flat).view(*shard.held.shape, *self.x.shape[1:])
+        y = self.y.index_select(0, flat).view(*shard.held.shape, *self.y.shape[1:])
+        return Batch(x, y, shard.held >= 0)
+
+    def outputs(self, params: Vector, x: Tensor) -> Tensor:
+        """What models [..., dim] say to samples [..., batch, *features]: [..., batch, *]."""
+        features = self.x.dim() - 1
+        other = x.shape[: x.dim() - features - 1]
+        lead = torch.Size(np.broadcast_shapes(params.shape[:-1], other))
+        rows = params.expand(*lead, -1).reshape(-1, self.spec.dim)
+        batch = x.shape[len(other) :]
+        x = x.expand(*lead, *batch).reshape(-1, *batch)
+        with torch.no_grad():
+            found = self.work.forward(rows, x.to(rows.dtype) if x.is_floating_point() else x)
+        return found.view(*lead, *found.shape[1:])
 
     def loss(self, params: Vector, batch: Batch) -> Scalar:
         lead, params, x, y, mask = self._rows(params, batch)
@@ -353,13 +386,21 @@ def _check_samples(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], sp
             f"task: training samples are {tuple(train[0].shape[1:])}, test samples "
             f"{tuple(test[0].shape[1:])}; need one shape"
         )
-    index, size = split.index, split.size
+    index, size, held = split.index, split.size, split.held
     if index.dim() != 2 or size.shape != index.shape[:1]:
         raise UsageError("task: a split is an index [peers, most] and a size [peers]")
     if index.numel() and (int(index.min()) < 0 or int(index.max()) >= train[0].shape[0]):
         raise UsageError(
             f"task: the split names sample {int(index.max())} of {train[0].shape[0]} "
             "(pad with 0, and index the training samples)"
+        )
+    if held is not None and (
+        held.shape[:-1] != size.shape
+        or (held.numel() and not -1 <= int(held.min()) <= int(held.max()) < train[0].shape[0])
+    ):
+        raise UsageError(
+            f"task: samples held for testing are {tuple(held.shape)} positions; need [peers, kept] "
+            f"of the {train[0].shape[0]} training samples, padded with -1"
         )
 
 
@@ -376,12 +417,13 @@ def _check_classes(output: Tensor, targets: tuple[Tensor, ...], classes: int | N
     return classes if classes is not None else width
 
 
-def _wider(table: Tensor, most: int) -> Tensor:
-    """[peers, most, *], padded with 0."""
+def _wider(table: Tensor, most: int, padding: int = 0) -> Tensor:
+    """[peers, most, *], padded."""
     lack = most - table.shape[1]
     if not lack:
         return table
-    return torch.cat((table, table.new_zeros((table.shape[0], lack, *table.shape[2:]))), 1)
+    empty = table.new_full((table.shape[0], lack, *table.shape[2:]), padding)
+    return torch.cat((table, empty), 1)
 
 
 def _range(count: int, key: Key) -> Tensor:

@@ -110,11 +110,22 @@ def packed_bytes(count: int, width: int) -> int:
 
 def pack_integers(values: np.ndarray, width: int) -> bytes:
     """Non-negative integers below 2**width as ceil(count * width / 8) bytes."""
+    if width and width % 8 == 0:
+        # Whole bytes need not be taken apart.
+        kind = _unsigned(width)
+        octets = np.ascontiguousarray(values, kind).view(np.uint8).reshape(-1, kind.itemsize)
+        return octets[:, : width // 8].tobytes()
     return join([to_bits(values, width)])
 
 
 def unpack_integers(octets: np.ndarray, width: int, count: int, who: str) -> np.ndarray:
     """Inverse of `pack_integers`."""
+    if width and width % 8 == 0 and len(octets) == packed_bytes(count, width):
+        kind = _unsigned(width)
+        full = np.zeros((count, kind.itemsize), np.uint8)
+        full[:, : width // 8] = octets.reshape(count, -1)
+        values = full.view(kind).reshape(-1)
+        return values if width == 8 else values.astype(np.int64)
     reader = Reader(octets, who)
     values = from_bits(reader.take(count * width), width, count)
     reader.finish()

@@ -34,7 +34,7 @@ DOUBLE, BROKEN = 1, 2
 
 @dataclass(frozen=True, eq=False)
 class Codes(TensorPayload):
-    """codes: uint8 [..., dim]; broken: bool [...], the vector was not finite.
+    """codes: uint8 or int32 [..., dim]; broken: bool [...], the vector was not finite.
 
     On the wire: a byte of flags, then `width` bits for each code.
     """
@@ -73,14 +73,20 @@ class IntegerCodec(Codec):
         who = self._name
         self._number("clip", self.clip, 0 < self.clip < math.inf, "a finite number > 0")
         check_number(
-            who, "levels", self.levels, f"{self.fewest} to 256",
-            self.levels in range(self.fewest, 257),
+            who, "levels", self.levels, f"{self.fewest} to {self.most}",
+            self.levels in range(self.fewest, self.most + 1),
         )  # fmt: skip
         check_number(
             who, "clients", self.clients, "1 to 1000000", self.clients in range(1, 1_000_001)
         )
 
     fewest: ClassVar[int] = 2
+    most: ClassVar[int] = 256
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of codes: the smallest that holds them."""
+        return torch.uint8 if self.levels <= 256 else torch.int32
 
     def _number(self, name: str, value: float, fine: bool, rule: str) -> None:
         check_number(self._name, name, value, rule, fine)
@@ -101,7 +107,7 @@ class IntegerCodec(Codec):
         return (self.clients * (self.levels - 1)).bit_length()
 
     def draw(self, x: Vector, key: Key) -> Tensor:
-        """Codes uint8 [..., dim] of float64 entries in [-clip, clip]; key [..., dim]."""
+        """Codes [..., dim] in `dtype` of float64 entries in [-clip, clip]; key [..., dim]."""
         raise NotImplementedError
 
     def log_pmf(self, x: Tensor) -> Tensor:
@@ -166,7 +172,7 @@ class IntegerCodec(Codec):
         if flags & BROKEN and codes.any():
             raise DecodeError(f"{self._name}: codes in a vector without numbers (corrupted bytes)")
         return Codes(
-            codes=torch.from_numpy(codes).to(torch.uint8),
+            codes=torch.from_numpy(codes).to(self.dtype),
             broken=torch.tensor(bool(flags & BROKEN), device="cpu"),
             width=self.width,
             double=bool(flags & DOUBLE),

@@ -13,8 +13,8 @@ import signal
 import tempfile
 from dataclasses import dataclass
 from datetime import timedelta
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
 from shoal.base.errors import ShoalError
 from shoal.lab.card import System
@@ -23,6 +23,8 @@ from shoal.lab.scenario import Scenario
 TRIES = 3
 TIMEOUT_S = 5.0
 """How long Gloo waits within an operation before it raises."""
+START_S = 120.0
+"""How long a process may take to start and to reduce for the first times."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class _Outcome:
     after: int
 
 
-def _member(rank: int, peers: int, file: str, size: int, reports: Any) -> None:
+def _member(rank: int, peers: int, file: str, size: int, report: Connection) -> None:
     """One process: reduce until an error, then try again."""
     import torch
     import torch.distributed as dist
@@ -58,8 +60,8 @@ def _member(rank: int, peers: int, file: str, size: int, reports: Any) -> None:
         else:
             before += 1
         if not errors and before == 20:
-            reports.put(rank)
-    reports.put(_Outcome(rank, before, after))
+            report.send(rank)
+    report.send(_Outcome(rank, before, after))
 
 
 def gloo_ring(scenario: Scenario, size: int = 4810) -> dict[str, float]:
@@ -70,27 +72,28 @@ def gloo_ring(scenario: Scenario, size: int = 4810) -> dict[str, float]:
     """
     peers = scenario.peers
     context = multiprocessing.get_context("spawn")
-    reports = context.SimpleQueue()
+    # A pipe for each: a queue's lock dies with the process that was killed while it held it.
+    reports, ends = zip(*(context.Pipe(duplex=False) for _ in range(peers)), strict=True)
     with tempfile.TemporaryDirectory(prefix="shoal-gloo-") as folder:
         file = str(Path(folder) / "store")
         members = [
-            context.Process(target=_member, args=(rank, peers, file, size, reports), daemon=True)
-            for rank in range(peers)
+            context.Process(target=_member, args=(rank, peers, file, size, end), daemon=True)
+            for rank, end in enumerate(ends)
         ]
         try:
             for member in members:
                 member.start()
-            for _ in range(peers):
-                reports.get()
+            for rank, report in enumerate(reports):
+                if not report.poll(START_S):
+                    raise ShoalError(f"gloo: process {rank} reduced nothing within {START_S:g} s")
+                report.recv()
             victim = members[-1].pid
             if victim is None:
                 raise ShoalError("gloo: the process to kill is gone already")
             os.kill(victim, signal.SIGKILL)
             for member in members:
                 member.join(60.0)
-            found: list[_Outcome] = []
-            while not reports.empty():
-                found.append(reports.get())
+            found: list[_Outcome] = [each.recv() for each in reports[:-1] if each.poll()]
         finally:
             for member in members:
                 member.kill()
