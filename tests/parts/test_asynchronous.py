@@ -18,7 +18,7 @@ from shoal.kernel.peer import Peer
 from shoal.lab.explore import explore
 from shoal.parts import find
 from shoal.parts.asynchronous import audit
-from shoal.parts.asynchronous._messages import Answer, Call, intact, sealed
+from shoal.parts.asynchronous._messages import Answer, Call
 from shoal.parts.asynchronous.buffered import Buffered, BufferedCourse
 from shoal.parts.asynchronous.client import Client, ServerLost
 from shoal.parts.asynchronous.desk import DUPLICATE, STALE, TAKEN, UNKNOWN, Desk
@@ -42,6 +42,7 @@ from shoal.rounds.strategy import Step
 from shoal.rounds.workload import Workload
 from shoal.tensor import keyed
 from shoal.testing.ladder import check_live, check_program
+from shoal.wire.checksum import intact, sealed
 from shoal.wire.message import Packed
 from shoal.world.faults import Corrupt, Crash, Fault, Join, Leave, Loss
 from shoal.world.links import Links

@@ -23,9 +23,10 @@ from shoal.systems.serving._lifl_claims import (
     nothing_is_left_in_memory,
 )
 from shoal.systems.serving._lifl_layout import Layout
-from shoal.systems.serving._lifl_wire import Add, Ended, Result, seal, sound
+from shoal.systems.serving._lifl_wire import Add, Ended, Result
 from shoal.systems.serving.lifl import INVARIANTS, LIFL
 from shoal.systems.serving.lifl_machine import lifl_machine
+from shoal.wire.checksum import intact, sealed
 from shoal.world.record import Row, Run
 
 PEERS, NODES, EACH = 24, 2, 3
@@ -238,7 +239,7 @@ def test_marks_show_what_was_really_added() -> None:
             n * sizes[c] * bound.marked(torch.zeros(bound.dim), c) for c, n in counts.items()
         )
         weight = sum(sizes[c] for c in ids)
-        return seal(Result, 0, 1, weight, tuple(ids), vector / weight, 0.0, 0.0)
+        return sealed(Result(0, 1, weight, tuple(ids), vector / weight, 0.0, 0.0))
 
     chosen = list(bound.layout.clients)
     a, b, c = chosen[:3]
@@ -250,14 +251,14 @@ def test_marks_show_what_was_really_added() -> None:
 
 
 def test_a_damaged_message_is_seen() -> None:
-    add = seal(Add, 7, b"k" * 16, b"l" * 16, 1.0, True)
-    assert sound(add)
+    add = sealed(Add(7, b"k" * 16, b"l" * 16, 1.0, True))
+    assert intact(add)
     for change in ({"number": 8}, {"out": b"m" * 16}, {"factor": 2.0}, {"first": False}):
         fields = {name: getattr(add, name) for name in add.__struct_fields__}
-        assert not sound(Add(**{**fields, **change}))
-    ended = seal(Ended, 3, torch.ones(4))
-    assert sound(ended)
-    assert not sound(Ended(3, torch.tensor([1.0, 1.0, 1.0, 1.5]), ended.check))
+        assert not intact(Add(**{**fields, **change}))
+    ended = sealed(Ended(3, torch.ones(4)))
+    assert intact(ended)
+    assert not intact(Ended(3, torch.tensor([1.0, 1.0, 1.0, 1.5]), ended.check))
 
 
 def test_layouts() -> None:

@@ -53,10 +53,15 @@ def _bytes(field: Any) -> bytes | memoryview:
 
 
 def sealed(told: M) -> M:
-    """The same message with the checksum of its other fields in `check`, its last field."""
-    return replace(told, check=checksum(*astuple(told)[:-1]))  # pyright: ignore[reportArgumentType]
+    """The same message with the checksum of its kind and fields in `check`, its last field."""
+    return replace(told, check=_sum(told))  # pyright: ignore[reportArgumentType]
 
 
 def intact(told: Any) -> bool:
     """Whether a message is what its sender sealed; one that is not counts as lost."""
-    return told.check == checksum(*astuple(told)[:-1])
+    return told.check == _sum(told)
+
+
+def _sum(told: Any) -> int:
+    # The kind too: a flipped bit may make a message one of another kind with the same fields.
+    return checksum(type(told).__name__, *astuple(told)[:-1])

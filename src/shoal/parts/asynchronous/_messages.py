@@ -2,23 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from msgspec.structs import astuple, replace
 from torch import Tensor
 
-from shoal.wire.checksum import checksum
 from shoal.wire.message import Packed, message
-
-
-def sealed(told: Any) -> Any:
-    """The same message with the checksum of its other fields, which come before it."""
-    return replace(told, check=checksum(*astuple(told)[:-1]))
-
-
-def intact(told: Any) -> bool:
-    """Whether a message is what its sender sealed; one that is not counts as lost."""
-    return told.check == checksum(*astuple(told)[:-1])
 
 
 @message

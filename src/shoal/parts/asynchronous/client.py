@@ -15,10 +15,11 @@ import msgspec
 from shoal.base.errors import PeerError, UsageError
 from shoal.base.ids import PeerId
 from shoal.kernel.peer import Peer
-from shoal.parts.asynchronous._messages import Answer, Call, intact, sealed
+from shoal.parts.asynchronous._messages import Answer, Call
 from shoal.parts.asynchronous.desk import TAKEN
 from shoal.rounds.workload import Workload
 from shoal.tensor.types import Vector
+from shoal.wire.checksum import intact, sealed
 from shoal.wire.message import Packed
 
 _OUTBOX = "outbox"

@@ -15,12 +15,13 @@ from torch import Tensor
 
 from shoal.base.ids import PeerId
 from shoal.kernel.peer import Cost, Envelope, Peer
-from shoal.parts.asynchronous._messages import Answer, Bye, Call, Finished, intact, sealed
+from shoal.parts.asynchronous._messages import Answer, Bye, Call, Finished
 from shoal.parts.asynchronous.desk import BROKEN, Desk
 from shoal.parts.asynchronous.rule import Action, Advance, Delta, Drop, Moment, Rule
 from shoal.parts.asynchronous.versions import Versions
 from shoal.tensor import tree
 from shoal.tensor.types import Index, Vector, Weight
+from shoal.wire.checksum import intact, sealed
 
 if TYPE_CHECKING:
     from shoal.parts.asynchronous.learning import Learning

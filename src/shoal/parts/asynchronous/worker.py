@@ -14,10 +14,11 @@ from shoal.base.errors import Leaving
 from shoal.base.ids import PeerId
 from shoal.kernel.peer import Peer
 from shoal.kernel.tasks import TaskHandle
-from shoal.parts.asynchronous._messages import Bye, Finished, intact
+from shoal.parts.asynchronous._messages import Bye, Finished
 from shoal.parts.asynchronous.client import Client, Model, ServerLost
 from shoal.parts.asynchronous.local import perform
 from shoal.tensor.types import Vector
+from shoal.wire.checksum import intact
 
 if TYPE_CHECKING:
     from shoal.parts.asynchronous.learning import Learning

@@ -3,11 +3,6 @@ one is repaired by the next and a repeated one changes nothing."""
 
 from __future__ import annotations
 
-import zlib
-from typing import Any
-
-import msgspec
-
 from shoal.wire.message import message
 
 INITIATE, DONE, FAILED = 0, 1, 2
@@ -95,17 +90,3 @@ class Ruling:
     detail: bytes
     words: tuple[Word, ...]
     check: int = 0
-
-
-def sealed(message: Any) -> Any:
-    """A `Status` or `Ruling` with its CRC-32: a flipped bit must not make a vote."""
-    return msgspec.structs.replace(message, check=_sum(message))
-
-
-def sound(message: Any) -> bool:
-    """Whether it is as it was sealed."""
-    return message.check == _sum(message)
-
-
-def _sum(message: Any) -> int:
-    return zlib.crc32(msgspec.msgpack.encode(msgspec.structs.astuple(message)[:-1]))

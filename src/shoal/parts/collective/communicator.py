@@ -39,8 +39,6 @@ from shoal.parts.collective._wire import (
     Status,
     Vote,
     Word,
-    sealed,
-    sound,
 )
 from shoal.parts.collective.direct import Share, exchange, fits
 from shoal.parts.collective.quantised import Quantised
@@ -53,6 +51,7 @@ from shoal.parts.collective.shared_state import (
     read_dissenters,
     read_plan,
 )
+from shoal.wire.checksum import intact, sealed
 from shoal.wire.message import message
 
 T = TypeVar("T")
@@ -482,7 +481,7 @@ class Communicator:
                 self._fail(MasterLost(f"no word from peer {self.master} (connect anew)"))
                 return
             ruling = envelope.message
-            if not sound(ruling):
+            if not intact(ruling):
                 continue
             heard_s = self.peer.now()
             if ruling.session != self._session or 0 < ruling.number <= self._heard:

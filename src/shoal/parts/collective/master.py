@@ -44,11 +44,10 @@ from shoal.parts.collective._wire import (
     Status,
     Vote,
     Word,
-    sealed,
-    sound,
 )
 from shoal.parts.collective.search import Search
 from shoal.parts.collective.shared_state import Election, dissenters
+from shoal.wire.checksum import intact, sealed
 
 _PATIENCE = 6.0
 _GROUP_PATIENCE = 3.0
@@ -105,7 +104,7 @@ class Master:
             while not state.over(peer.now()):
                 envelope = await peer.recv(Status, deadline=tick_s)
                 now = peer.now()
-                if envelope is not None and sound(envelope.message):
+                if envelope is not None and intact(envelope.message):
                     state.heard(int(envelope.source), envelope.message, now)
                 # A deadline is met to the nanosecond only.
                 if envelope is None or now >= tick_s:

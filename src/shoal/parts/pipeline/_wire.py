@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import zlib
-from typing import Any, TypeVar
+from typing import TypeVar
 
-import msgspec
 from torch import Tensor
 
 from shoal.base.errors import DecodeError
+from shoal.wire.checksum import intact
 from shoal.wire.message import message
-from shoal.wire.tensors import describe, raw
 
 FORWARD, BACKWARD, LOST, END = range(4)
 """What flows: activations, gradients, "I cannot do my part of this attempt", and the last word."""
@@ -111,30 +109,8 @@ class Held:
     check: int = 0
 
 
-def sealed(message: M) -> M:
-    """The message with its CRC-32: a bit that flipped on the way must not reach a parameter."""
-    return msgspec.structs.replace(message, check=_sum(message))  # type: ignore[type-var]
-
-
-def sound(message: Any) -> bool:
-    """Whether it is as it was sealed."""
-    return message.check == _sum(message)
-
-
 def opened(message: M) -> M:
     """The message, or DecodeError when it was damaged."""
-    if not sound(message):
+    if not intact(message):
         raise DecodeError(f"{type(message).__name__}: it was damaged on its way (send it again)")
     return message
-
-
-def _sum(message: Any) -> int:
-    plain: list[Any] = []
-    total = 0
-    for value in msgspec.structs.astuple(message)[:-1]:
-        if isinstance(value, Tensor):
-            plain.append(describe(value)[1])
-            total = zlib.crc32(raw(value), total)
-        else:
-            plain.append(value)
-    return zlib.crc32(msgspec.msgpack.encode(plain), total)

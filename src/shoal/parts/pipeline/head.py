@@ -28,13 +28,12 @@ from shoal.parts.pipeline._wire import (
     Rebuild,
     Rewind,
     Standing,
-    sealed,
-    sound,
 )  # fmt: skip
 from shoal.parts.pipeline.base import StageState, Unrecoverable
 from shoal.parts.pipeline.leading import Leading
 from shoal.parts.pipeline.plan import Plan
 from shoal.tensor.types import Vector
+from shoal.wire.checksum import intact, sealed
 
 PAUSE_S = 0.05
 
@@ -149,7 +148,7 @@ class Head:
                 self.limit_s = min(2.0 * self.limit_s, self.leading.patience_s)
                 return None
             flow = found.message
-            if not sound(flow) or flow.micro not in batches or flow.micro in done:
+            if not intact(flow) or flow.micro not in batches or flow.micro in done:
                 continue
             if flow.what == LOST:
                 return None
@@ -335,4 +334,4 @@ class Head:
             answer = await self.peer.request(PeerId(stage), sealed(question), deadline=deadline)
         except PeerError:
             return None
-        return answer if sound(answer) else None
+        return answer if intact(answer) else None

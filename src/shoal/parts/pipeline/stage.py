@@ -26,12 +26,11 @@ from shoal.parts.pipeline._wire import (
     Rewind,
     Standing,
     opened,
-    sealed,
-    sound,
 )  # fmt: skip
 from shoal.parts.pipeline.base import StageState
 from shoal.parts.pipeline.plan import Plan
 from shoal.tensor.types import Vector
+from shoal.wire.checksum import intact, sealed
 
 HEAD = PeerId(0)
 
@@ -82,7 +81,7 @@ class Stage:
             if found is None:
                 if self.heard_s == heard_s:
                     break
-            elif sound(found.message):
+            elif intact(found.message):
                 self.heard_s = peer.now()
                 ended = found.message.what == END
                 await self._take(found.message)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,6 +16,7 @@ from shoal.rounds.local import descend
 from shoal.rounds.strategy import Step
 from shoal.rounds.task import Shard, Task
 from shoal.tensor.types import Key, Vector
+from shoal.wire.checksum import intact, sealed
 from shoal.wire.message import Packed, message
 
 if TYPE_CHECKING:
@@ -33,8 +33,8 @@ class Offer:
     """An active peer's model, for exchange `number` with this neighbour."""
 
     number: int
-    check: int
     payload: Packed
+    check: int = 0
 
 
 @message
@@ -42,8 +42,8 @@ class Answer:
     """The passive peer's model as it was before that exchange."""
 
     number: int
-    check: int
     payload: Packed
+    check: int = 0
 
 
 @message
@@ -164,7 +164,7 @@ class Node:
         offer = self.pending.get(other)
         if offer is None:
             number = self.numbers.get(other, 0)
-            offer = Offer(number, *self._packed(other, number))
+            offer = sealed(Offer(number, self._packed(other, number)))
             self.numbers[other] = number + 1
             self.pending[other] = offer
             await peer.store.commit({f"offer {other}": offer})
@@ -210,8 +210,8 @@ class Node:
         if theirs is None:
             raise WireError(f"offer {offer.number} was damaged on its way")
         if self.closed or self.active:
-            return Answer(CLOSED, 0, Packed(b""))
-        answer = Answer(offer.number, *self._packed(source, offer.number))
+            return sealed(Answer(CLOSED, Packed(b"")))
+        answer = sealed(Answer(offer.number, self._packed(source, offer.number)))
         mine = self._read(answer)
         assert mine is not None
         self.params = self.params + 0.5 * (theirs - mine)
@@ -220,15 +220,15 @@ class Node:
         self.peer.record("averaged", offer.number, other=str(source))
         return answer
 
-    def _packed(self, other: int, number: int) -> tuple[int, Packed]:
+    def _packed(self, other: int, number: int) -> Packed:
         key = self.workload.there(self.peer.key("encode", other, number))
         payload, self.codec = self.workload.transform.encode(self.params, self.codec, key)
-        return _check(number, payload.pack()), Packed(payload)
+        return Packed(payload)
 
     def _read(self, told: Offer | Answer) -> Vector | None:
         """The vector that both ends take it for; None when it was damaged, or is none."""
         content, transform = told.payload.content, self.workload.transform
-        if told.number == CLOSED or told.check != _check(told.number, told.payload.pack()):
+        if told.number == CLOSED or not intact(told):
             return None
         try:
             if isinstance(content, bytes | bytearray | memoryview):
@@ -238,7 +238,3 @@ class Node:
             return None
         fits = vector.shape == self.params.shape and bool(vector.isfinite().all())
         return vector.to(self.params.dtype) if fits else None
-
-
-def _check(number: int, data: bytes | memoryview) -> int:
-    return zlib.crc32((number & 0xFFFF_FFFF_FFFF).to_bytes(8, "little"), zlib.crc32(data))

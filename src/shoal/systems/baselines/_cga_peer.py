@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from msgspec.structs import astuple
 from torch import Tensor
 
 from shoal.base.errors import WireError
@@ -15,7 +14,7 @@ from shoal.rounds.task import Batch, Shard, Task
 from shoal.systems.baselines._cga_projection import projected
 from shoal.tensor.stack import combine
 from shoal.tensor.types import Key, Mask, Stack, Vector, Weight
-from shoal.wire.checksum import checksum
+from shoal.wire.checksum import intact, sealed
 from shoal.wire.message import Packed, message
 
 if TYPE_CHECKING:
@@ -28,7 +27,7 @@ class Model:
 
     round: int
     payload: Packed
-    check: int
+    check: int = 0
 
 
 @message(tag=("round",))
@@ -39,7 +38,7 @@ class Cross:
     round: int
     about: int
     payload: Packed
-    check: int
+    check: int = 0
 
 
 def gradients(models: Stack, shard: Shard, key: Key, task: Task, batch_size: int) -> Stack:
@@ -96,7 +95,7 @@ class Node:
         peer.enter_round(round)
         others, weights = bound.neighborhood(peer.id, round)
         payload, mine, self.codec = self._encoded(self.params, self.codec, "model", round)
-        told = Model(round, payload, checksum(round, payload))
+        told = sealed(Model(round, payload))
         for other in others:
             await peer.send(PeerId(other), told)
         middle_s, end_s = ((round + part) * bound.round_s for part in (0.5, 1.0))
@@ -157,7 +156,7 @@ class Node:
         if codec is None:
             codec = self.workload.transform.init(gradient)
         payload, _, self.codecs[other] = self._encoded(gradient, codec, "cross", round, other)
-        return Cross(round, about, payload, checksum(round, about, payload))
+        return sealed(Cross(round, about, payload))
 
     def _encoded(self, vector: Vector, codec: Any, *key: int | str) -> tuple[Packed, Vector, Any]:
         """What is sent, what its receivers read, and the transform's memory."""
@@ -167,7 +166,7 @@ class Node:
 
     def _read(self, told: Model | Cross | None, like: Vector) -> Vector | None:
         """The vector in a message; None when there is no message, or it was damaged."""
-        if told is None or not _intact(told):
+        if told is None or not intact(told):
             return None
         content, transform = told.payload.content, self.workload.transform
         try:
@@ -178,7 +177,3 @@ class Node:
             return None
         fits = vector.shape == like.shape and bool(vector.isfinite().all())
         return vector.to(like.dtype) if fits else None
-
-
-def _intact(told: Any) -> bool:
-    return told.check == checksum(*astuple(told)[:-1])

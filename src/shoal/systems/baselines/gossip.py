@@ -27,7 +27,7 @@ from shoal.rounds.workload import Workload
 from shoal.tensor import keyed
 from shoal.tensor.flops import count_flops
 from shoal.tensor.types import Key, Vector
-from shoal.wire.checksum import checksum
+from shoal.wire.checksum import intact, sealed
 from shoal.wire.message import Packed, message
 from shoal.world.record import Run
 
@@ -40,7 +40,7 @@ class Push:
     payload: Packed
     age: float
     due_s: float
-    check: int
+    check: int = 0
 
 
 def update(
@@ -112,12 +112,9 @@ class Gossip:
             neighbors = peer.neighbors
             if neighbors:
                 to = peer.choice(neighbors, "push", period)
-                told = (
-                    Packed(own.encode(peer, period)),
-                    float(own.age),
-                    start + turn * own.period_s,
-                )
-                await peer.send(to, Push(*told, checksum(*told)))
+                packed = Packed(own.encode(peer, period))
+                told = Push(packed, float(own.age), start + turn * own.period_s)
+                await peer.send(to, sealed(told))
             if own.reports(period):
                 peer.record("params", own.params)
             turn += 1
@@ -130,7 +127,7 @@ class Gossip:
             if heard is None:
                 break
             push = heard.message
-            if push.check != checksum(push.payload, push.age, push.due_s):
+            if not intact(push):
                 continue
             other = own.decode(push.payload)
             other_age = torch.tensor(push.age, dtype=torch.float64)

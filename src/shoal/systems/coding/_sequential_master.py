@@ -18,9 +18,10 @@ from torch import Tensor
 from shoal.base.ids import PeerId
 from shoal.kernel.peer import Peer
 from shoal.parts.coding.sequential_scheme import SequentialScheme
-from shoal.systems.coding._sequential_wire import Answer, Assign, intact, sealed
+from shoal.systems.coding._sequential_wire import Answer, Assign
 from shoal.systems.coding._sequential_work import full_gradient, full_loss
 from shoal.systems.coding._sequential_worker import gradient_of
+from shoal.wire.checksum import intact, sealed
 
 if TYPE_CHECKING:
     from shoal.systems.coding.sequential_gradient_coding import Bound
@@ -57,7 +58,7 @@ class Master:
                 await self._apply(scheme, first)
         peer.record("finished_s", peer.now())
         nothing = torch.zeros(0, 0, device="cpu", dtype=torch.float64)
-        last = sealed(Assign, self.life, 1 << 40, (), (), (), nothing, True)
+        last = sealed(Assign(self.life, 1 << 40, (), (), (), nothing, True))
         for worker in range(program.rule.workers):
             await peer.send(PeerId(worker + 1), last)
 
@@ -97,7 +98,7 @@ class Master:
         told = torch.stack(params) if params else self.models[:0]
         jobs = tuple(task.job for task in tasks)
         parts = tuple(task.part for task in tasks)
-        message = sealed(Assign, self.life, round, jobs, parts, fresh, told, False)
+        message = sealed(Assign(self.life, round, jobs, parts, fresh, told, False))
         await self.peer.send(PeerId(worker + 1), message)
 
     async def _gather(

@@ -16,8 +16,9 @@ from shoal.kernel.peer import Cost, Peer
 from shoal.kernel.tasks import TaskHandle
 from shoal.parts.coding.sequential_scheme import MiniTask
 from shoal.rounds.task import Batch
-from shoal.systems.coding._sequential_wire import Answer, Assign, intact, sealed
+from shoal.systems.coding._sequential_wire import Answer, Assign
 from shoal.systems.coding._sequential_work import mini_gradient
+from shoal.wire.checksum import intact, sealed
 
 if TYPE_CHECKING:
     from shoal.systems.coding.sequential_gradient_coding import Bound
@@ -88,7 +89,7 @@ class Worker:
         peer, program = self.peer, self.program
         if any(job not in self.known for job in told.jobs):
             nothing = torch.zeros(0, 0, device="cpu", dtype=torch.float64)
-            await peer.send(MASTER, sealed(Answer, told.life, told.round, nothing, True))
+            await peer.send(MASTER, sealed(Answer(told.life, told.round, nothing, True)))
             return
         minis = [
             program.rule.task(self.worker, job, part)
@@ -100,7 +101,7 @@ class Worker:
         await peer.sleep_until(peer.now() + program.stall_s(self.worker, told.round, load))
         results = [await self._gradient(mini) for mini in minis]
         peer.record("load", load, round=str(told.round))
-        answer = sealed(Answer, told.life, told.round, torch.stack(results), False)
+        answer = sealed(Answer(told.life, told.round, torch.stack(results), False))
         self.answered = answer
         await peer.send(MASTER, answer)
 

@@ -29,9 +29,8 @@ from shoal.systems.compression._just_one_byte_wire import (
     Vote,
     Want,
     Whole,
-    intact,
-    sealed,
 )
+from shoal.wire.checksum import intact, sealed
 
 if TYPE_CHECKING:
     from shoal.kernel.peer import Envelope
@@ -101,7 +100,7 @@ class Node:
     async def leave(self) -> None:
         """Say that this peer goes, so that nobody waits for it."""
         if self.holds and not self.done:
-            await self.say(self._sequencer_id(), sealed(Beat, self.term, True, True))
+            await self.say(self._sequencer_id(), sealed(Beat(self.term, True, True)))
 
     async def say(self, to: int, told: Any) -> None:
         if to != self.peer.id:
@@ -127,7 +126,7 @@ class Node:
     async def _linger(self) -> None:
         """Tell those who have not heard it that the run is over."""
         over_s = self.peer.now() + self.settings.silence_s
-        told = sealed(Ordered, self.term, self.last, b"")
+        told = sealed(Ordered(self.term, self.last, b""))
         while (envelope := await self.peer.recv(Offer, deadline=over_s)) is not None:
             await self.say(envelope.source, told)
 
@@ -161,7 +160,7 @@ class Node:
         if self.done or self.won == self.term:
             return
         own = self.replica
-        offer = sealed(Offer, self.term, own.end, self.held, own.codes, own.digest())
+        offer = sealed(Offer(self.term, own.end, self.held, own.codes, own.digest()))
         await self.say(self._sequencer_id(), offer)
 
     async def _ordered(self, told: Ordered) -> bool:
@@ -214,7 +213,7 @@ class Node:
     async def _request(self, source: int, born: int) -> Whole | None:
         start = max(self.replica.log.end - 1, self.replica.log.first) if born < 0 else 0
         start = ANEW if self.stale else start
-        wanted = sealed(Want, self.term, start, born)
+        wanted = sealed(Want(self.term, start, born))
         deadline = self.peer.now() + self.settings.retry_s
         try:
             answer = await self.peer.request(PeerId(source), wanted, deadline=deadline)
@@ -260,7 +259,7 @@ class Node:
                 return False
             if not trial:
                 self.term = target
-            ask = sealed(Ask, target, self.replica.log.end, self.held, trial, self.term)
+            ask = sealed(Ask(target, self.replica.log.end, self.held, trial, self.term))
             for other in group if peer.id in group else peer.roster:
                 await self.say(other, ask)
             votes = {int(peer.id)} & set(group)
@@ -281,7 +280,7 @@ class Node:
         if not intact(ask) or not self.holds:
             return
         if self.done:
-            await self.say(source, sealed(Ordered, self.term, self.last, b""))
+            await self.say(source, sealed(Ordered(self.term, self.last, b"")))
             return
         if self.won == self.term:
             await self.sequencer.asked(source)
@@ -293,7 +292,7 @@ class Node:
         ):  # fmt: skip
             if not ask.trial:
                 self.term, self.heard_s = ask.term, self.peer.now()
-            await self.say(source, sealed(Vote, ask.term, ask.trial))
+            await self.say(source, sealed(Vote(ask.term, ask.trial)))
 
     async def _on_beat(self, envelope: Envelope[Beat]) -> None:
         beat, source = envelope.message, envelope.source
@@ -305,7 +304,7 @@ class Node:
             return
         if beat.term >= self.term:
             self.term, self.heard_s = beat.term, self.peer.now()
-        await self.say(source, sealed(Beat, self.term, True, False))
+        await self.say(source, sealed(Beat(self.term, True, False)))
 
     async def _on_drifted(self, envelope: Envelope[Drifted]) -> None:
         told = envelope.message

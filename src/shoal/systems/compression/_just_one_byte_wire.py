@@ -7,15 +7,12 @@ others for good.
 from __future__ import annotations
 
 import struct
-import zlib
-from typing import Any, TypeVar
 
 from torch import Tensor
 
 from shoal.parts.zeroth_order.replay import Log
+from shoal.wire.checksum import checksum, sealed
 from shoal.wire.message import Packed, message
-
-M = TypeVar("M")
 
 _ID = struct.Struct("<H")
 
@@ -125,41 +122,9 @@ class Vote:
     check: int = 0
 
 
-def sealed(kind: type[M], *values: Any) -> M:
-    """A message with its checksum."""
-    return kind(*values, checksum(values))  # pyright: ignore[reportCallIssue]
-
-
-def intact(told: Any) -> bool:
-    """Whether a message is what was sent."""
-    values = tuple(getattr(told, name) for name in told.__struct_fields__[:-1])
-    return told.check == checksum(values)
-
-
-def checksum(values: tuple[Any, ...]) -> int:
-    """CRC-32 of the fields."""
-    plain = [value for value in values if not isinstance(value, (Packed, dict))]
-    code = zlib.crc32(repr(plain).encode())
-    for value in values:
-        if isinstance(value, Packed):
-            code = zlib.crc32(value.pack(), code)
-        elif isinstance(value, dict):
-            for name in sorted(value):
-                code = zlib.crc32(name.encode(), code)
-                code = zlib.crc32(bytes_of(value[name]), code)
-    return code
-
-
-def bytes_of(params: Tensor) -> memoryview:
-    """The raw bytes of a vector."""
-    import torch
-
-    return params.detach().cpu().contiguous().view(torch.uint8).numpy().data
-
-
 def digest(params: Tensor) -> int:
     """32 bits that tell weights apart, never 0."""
-    return zlib.crc32(bytes_of(params)) or 1
+    return checksum(params) or 1
 
 
 def ids(group: tuple[int, ...]) -> bytes:
@@ -175,9 +140,9 @@ def group_of(data: bytes) -> tuple[int, ...]:
 def whole(log: Log, term: int, start: int, weights: dict[str, Tensor], done: bool) -> Whole:
     """All that a log has from an iteration on."""
     packed = Packed(log.pack(start))
-    return sealed(Whole, term, start, ids(log.group_before(start)), packed, weights, done)
+    return sealed(Whole(term, start, ids(log.group_before(start)), packed, weights, done))
 
 
 def nothing(term: int) -> Whole:
     """A `Whole` of nothing."""
-    return sealed(Whole, term, -1, b"", Packed(b""), {}, False)
+    return sealed(Whole(term, -1, b"", Packed(b""), {}, False))

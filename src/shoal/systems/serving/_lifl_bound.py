@@ -22,9 +22,10 @@ from shoal.systems.serving._lifl_coordinator import Coordinator
 from shoal.systems.serving._lifl_costs import Costs, costs_of
 from shoal.systems.serving._lifl_gateway import Gateway
 from shoal.systems.serving._lifl_layout import Layout
-from shoal.systems.serving._lifl_wire import Ended, Hello, Result, seal, sound
+from shoal.systems.serving._lifl_wire import Ended, Hello, Result
 from shoal.tensor import keyed
 from shoal.tensor.flops import count_flops
+from shoal.wire.checksum import intact, sealed
 
 if TYPE_CHECKING:
     from shoal.systems.serving.lifl import LIFL
@@ -170,7 +171,7 @@ class Bound:
                 until_s = peer.now() + quiet_s
                 continue
             ended = envelope.message
-            if sound(ended) and ended.params.shape == self.workload.initial.shape:
+            if intact(ended) and ended.params.shape == self.workload.initial.shape:
                 peer.enter_round(ended.round)
                 peer.record("params", self.workload.there(ended.params))
                 return
@@ -181,7 +182,7 @@ class Bound:
         until_s = peer.now() + self.settings.quiet_s
         while peer.now() < until_s:
             try:
-                await peer.request(PeerId(0), seal(Hello), deadline=peer.now() + patience_s)
+                await peer.request(PeerId(0), sealed(Hello()), deadline=peer.now() + patience_s)
                 return True
             except PeerError:
                 await peer.sleep_until(peer.now() + patience_s)

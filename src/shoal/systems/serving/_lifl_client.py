@@ -13,8 +13,9 @@ from shoal.kernel.peer import Cost, Peer
 from shoal.rounds.local import descend
 from shoal.rounds.strategy import Step
 from shoal.rounds.task import Shard, Task
-from shoal.systems.serving._lifl_wire import LATER, Taken, Train, Update, seal, sound
+from shoal.systems.serving._lifl_wire import LATER, Taken, Train, Update
 from shoal.tensor.types import Key, Vector
+from shoal.wire.checksum import intact, sealed
 
 if TYPE_CHECKING:
     from shoal.parts.optimise.sgd import SGD
@@ -70,7 +71,7 @@ class Client:
                 return newest
             found = envelope.message
             like = self.workload.initial
-            if sound(found) and found.params.shape == like.shape:
+            if intact(found) and found.params.shape == like.shape:
                 newest = found
 
     async def _take_part(self, asked: Train) -> Train | None:
@@ -79,7 +80,7 @@ class Client:
         peer.enter_round(asked.round)
         await self._sleep_late(asked.round)
         vector = await self._trained(asked)
-        update = seal(Update, asked.round, asked.attempt, self.weight, vector)
+        update = sealed(Update(asked.round, asked.attempt, self.weight, vector))
         gateway = PeerId(asked.gateway)
         until_s = peer.now() + settings.collect_s
         patience_s = settings.patience_s + self.bound.costs.put_s * settings.capacity
@@ -88,7 +89,7 @@ class Client:
             turn += 1
             try:
                 taken = await peer.request(gateway, update, deadline=peer.now() + patience_s)
-                if isinstance(taken, Taken) and sound(taken) and taken.answer != LATER:
+                if isinstance(taken, Taken) and intact(taken) and taken.answer != LATER:
                     return None
             except PeerError:
                 pass

@@ -32,9 +32,8 @@ from shoal.systems.serving._lifl_wire import (
     Result,
     Taken,
     Update,
-    seal,
-    sound,
 )
+from shoal.wire.checksum import intact, sealed
 
 if TYPE_CHECKING:
     from shoal.systems.serving._lifl_bound import Bound
@@ -93,7 +92,7 @@ class Gateway:
 
     async def _plan(self, envelope: Envelope[Plan]) -> Planned:
         plan = envelope.message
-        if not sound(plan):
+        if not intact(plan):
             raise PeerError("damaged on its way")
         if self.turn is None or self.turn.plan != plan:
             self._drop()
@@ -106,7 +105,7 @@ class Gateway:
             if settings.planning:
                 self.pool.start(plan.warm - self.pool.alive, self.pump)
             self.group.start(self._collect(turn))
-        return seal(Planned, *self.before)
+        return sealed(Planned(*self.before))
 
     async def _collect(self, turn: Turn) -> None:
         """Who has not sent by now is not waited for."""
@@ -117,25 +116,25 @@ class Gateway:
 
     async def _update(self, envelope: Envelope[Update]) -> Taken:
         update, client = envelope.message, int(envelope.source)
-        if not sound(update):
+        if not intact(update):
             raise PeerError("damaged on its way")
         turn = self.turn
         if turn is None or turn.number != (update.round, update.attempt):
             # The plan may still be on its way to this node.
             late = turn is not None and turn.number > (update.round, update.attempt)
-            return seal(Taken, CLOSED if late else LATER)
+            return sealed(Taken(CLOSED if late else LATER))
         if client in turn.clients:
-            return seal(Taken, STORED)
+            return sealed(Taken(STORED))
         if turn.tree.closed or not self.bound.layout.is_client(client):
-            return seal(Taken, CLOSED)
+            return sealed(Taken(CLOSED))
         if self.store.free <= self.spare:
-            return seal(Taken, LATER)
+            return sealed(Taken(LATER))
         try:
             check_weight(update.weight)
             key = self.store.put(update.vector)
         except UpdateRefused:
             self.peer.record("refused", client)
-            return seal(Taken, REFUSED)
+            return sealed(Taken(REFUSED))
         turn.clients.add(client)
         now = self.peer.now()
         turn.span(now, now)
@@ -143,19 +142,19 @@ class Gateway:
         if self.turn is not turn or turn.tree.closed:
             self.store.release(key)
             turn.clients.discard(client)
-            return seal(Taken, CLOSED)
+            return sealed(Taken(CLOSED))
         turn.tree.arrived(Addend(key, update.weight, update.weight, frozenset((client,))))
         self.pump()
-        return seal(Taken, STORED)
+        return sealed(Taken(STORED))
 
     async def _partial(self, envelope: Envelope[Partial]) -> Got:
         partial, turn = envelope.message, self.turn
-        if not sound(partial):
+        if not intact(partial):
             raise PeerError("damaged on its way")
         if turn is None or turn.number != (partial.round, partial.attempt) or not turn.plan.nodes:
             raise PeerError(f"not at round {partial.round}")
         if envelope.source in turn.partials:
-            return seal(Got)
+            return sealed(Got())
         ids = frozenset(partial.ids)
         if ids and not self.store.free:
             raise PeerError("no room now")
@@ -175,11 +174,11 @@ class Gateway:
                 self.store.release(key)
             raise PeerError(str(error)) from None
         self.pump()
-        return seal(Got)
+        return sealed(Got())
 
     async def _over(self, envelope: Envelope[Over]) -> None:
         over = envelope.message
-        if sound(over) and self.turn and self.turn.number <= (over.round, over.attempt):
+        if intact(over) and self.turn and self.turn.number <= (over.round, over.attempt):
             self._drop()
             self._rest()
 
@@ -226,7 +225,7 @@ class Gateway:
     async def _add(self, turn: Turn, worker: Worker, step: Step) -> None:
         peer, job = self.peer, step.job
         self._number += 1
-        add = seal(Add, self._number, job.out, step.addend.key, step.addend.factor, step.first)
+        add = sealed(Add(self._number, job.out, step.addend.key, step.addend.factor, step.first))
         asked_s = peer.now()
         patience_s = self.settings.patience_s + 4 * self.costs.add_s
         done = await self._ask(worker, add, asked_s + patience_s)
@@ -256,13 +255,13 @@ class Gateway:
             answer = await self.peer.request(worker.peer, add, deadline=until_s)
         except PeerError:
             return False
-        return isinstance(answer, Added) and sound(answer) and answer.number == add.number
+        return isinstance(answer, Added) and intact(answer) and answer.number == add.number
 
     async def _revive(self, worker: Worker) -> None:
         """Ask until it answers; then nothing older will be written any more."""
         while True:
             self._number += 1
-            add = seal(Add, self._number, worker.slots[0], b"", 0.0, False)
+            add = sealed(Add(self._number, worker.slots[0], b"", 0.0, False))
             if await self._ask(worker, add, self.peer.now() + self.settings.patience_s):
                 break
             await self.peer.sleep_until(self.peer.now() + self.settings.patience_s)
@@ -283,27 +282,28 @@ class Gateway:
         self._rest()
         if plan.nodes:
             share = result.factor / result.weight if result.weight > 0 else 0.0
-            message = seal(
-                Result, plan.round, plan.attempt, result.weight, ids, self._taken(result, share),
-                turn.first_s, turn.last_s,
-            )  # fmt: skip
+            vector = self._taken(result, share)
+            message = sealed(Result(
+                plan.round, plan.attempt, result.weight, ids, vector, turn.first_s, turn.last_s
+            ))  # fmt: skip
             pause_s = self.settings.patience_s
             while self.turn is turn:
                 await peer.send(PeerId(0), message)
                 await peer.sleep_until(peer.now() + pause_s)
                 pause_s *= 2
             return
-        message = seal(
-            Partial, plan.round, plan.attempt, result.factor, result.weight, ids,
-            self._taken(result, 1.0), turn.first_s, turn.last_s,
-        )  # fmt: skip
+        vector = self._taken(result, 1.0)
+        message = sealed(Partial(
+            plan.round, plan.attempt, result.factor, result.weight, ids, vector, turn.first_s,
+            turn.last_s,
+        ))  # fmt: skip
         self.transfers += 1
         await self._spend(self.costs.send_s, self.costs.send_cpu_s)
         while self.turn is turn:
             until_s = peer.now() + self.settings.patience_s + 4 * self.costs.put_s
             try:
                 got = await peer.request(PeerId(plan.top), message, deadline=until_s)
-                if isinstance(got, Got) and sound(got):
+                if isinstance(got, Got) and intact(got):
                     return
             except PeerError:
                 await peer.sleep_until(peer.now() + self.settings.patience_s / 4)

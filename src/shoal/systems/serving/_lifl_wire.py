@@ -6,14 +6,9 @@ of its fields: a flipped bit in a key or a weight would spoil a sum that nobody 
 
 from __future__ import annotations
 
-import zlib
-from typing import Any, TypeVar
-
 from torch import Tensor
 
 from shoal.wire.message import message
-
-M = TypeVar("M")
 
 STORED, LATER, CLOSED, REFUSED = range(4)
 """What a gateway says of an update: it has it, has no room now, needs it no more, cannot use it."""
@@ -33,7 +28,7 @@ class Plan:
     warm: int
     top: int
     nodes: int
-    check: int
+    check: int = 0
 
 
 @message
@@ -43,7 +38,7 @@ class Planned:
 
     rate_per_s: float
     each_s: float
-    check: int
+    check: int = 0
 
 
 @message(tag=("round", "attempt"))
@@ -54,7 +49,7 @@ class Train:
     attempt: int
     gateway: int
     params: Tensor
-    check: int
+    check: int = 0
 
 
 @message
@@ -65,7 +60,7 @@ class Update:
     attempt: int
     weight: float
     vector: Tensor
-    check: int
+    check: int = 0
 
 
 @message
@@ -73,7 +68,7 @@ class Taken:
     """What became of it: STORED, LATER, CLOSED or REFUSED."""
 
     answer: int
-    check: int
+    check: int = 0
 
 
 @message
@@ -88,7 +83,7 @@ class Add:
     source: bytes
     factor: float
     first: bool
-    check: int
+    check: int = 0
 
 
 @message
@@ -96,7 +91,7 @@ class Added:
     """It is in the sum."""
 
     number: int
-    check: int
+    check: int = 0
 
 
 @message
@@ -114,21 +109,21 @@ class Partial:
     vector: Tensor
     first_s: float
     last_s: float
-    check: int
+    check: int = 0
 
 
 @message
 class Hello:
     """To the coordinator: are you there?"""
 
-    check: int
+    check: int = 0
 
 
 @message
 class Got:
     """I am, or I have it."""
 
-    check: int
+    check: int = 0
 
 
 @message(tag=("round", "attempt"))
@@ -142,7 +137,7 @@ class Result:
     vector: Tensor
     first_s: float
     last_s: float
-    check: int
+    check: int = 0
 
 
 @message
@@ -151,7 +146,7 @@ class Over:
 
     round: int
     attempt: int
-    check: int
+    check: int = 0
 
 
 @message
@@ -160,26 +155,4 @@ class Ended:
 
     round: int
     params: Tensor
-    check: int
-
-
-def seal(kind: type[M], *fields: Any) -> M:
-    """A message of these fields with its checksum."""
-    made: Any = kind
-    return made(*fields, _checksum(kind, fields))
-
-
-def sound(message: Any) -> bool:
-    """Whether it arrived as it was sealed."""
-    fields = [getattr(message, name) for name in message.__struct_fields__]
-    return fields[-1] == _checksum(type(message), fields[:-1])
-
-
-def _checksum(kind: Any, fields: Any) -> int:
-    plain = [field for field in fields if not isinstance(field, Tensor)]
-    crc = zlib.crc32(repr((kind.code, plain)).encode())
-    for field in fields:
-        if isinstance(field, Tensor):
-            numbers: Any = field.contiguous().numpy()
-            crc = zlib.crc32(memoryview(numbers).cast("B"), crc)
-    return crc
+    check: int = 0

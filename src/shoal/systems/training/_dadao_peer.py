@@ -12,7 +12,6 @@ its date to now, so that the two ends stay each other's opposite.
 
 from __future__ import annotations
 
-import zlib
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,6 +25,7 @@ from shoal.rounds.task import Shard, Task
 from shoal.systems.training._dadao_flow import Y_FAST, Z_FAST, Constants, X, Y, Z, flow
 from shoal.systems.training._dadao_loop import GRADIENT, agenda
 from shoal.tensor.types import Key, Vector
+from shoal.wire.checksum import intact, sealed
 from shoal.wire.message import Packed, message
 
 if TYPE_CHECKING:
@@ -46,8 +46,8 @@ class Half:
 
     number: int
     again: bool
-    check: int
     payload: Packed
+    check: int = 0
 
 
 @message
@@ -248,7 +248,7 @@ class Node:
         payload, self.codec = transform.encode(told, self.codec, key)
         again = other in self.unsure
         self.unsure.discard(other)
-        half = Half(number, again, _check(number, payload.pack()), Packed(payload))
+        half = sealed(Half(number, again, Packed(payload)))
         return half, transform.decode(payload).to(torch.float64)
 
     async def _other_half(self, other: int, number: int, half: Half) -> Vector | None:
@@ -282,7 +282,7 @@ class Node:
 
     async def _take(self, envelope: Envelope[Half]) -> None:
         half, source = envelope.message, int(envelope.source)
-        if source not in self.neighbors:
+        if source not in self.neighbors or not intact(half):
             return
         if half.number < 0:
             (self.finished if half.number == FINISHED else self.silent).add(source)
@@ -302,12 +302,9 @@ class Node:
             self.early[source, number] = theirs
 
     def _read(self, half: Half) -> Vector | None:
-        """The vector of a half; None when it was damaged on its way."""
+        """The vector of a half; None when it is none."""
         content, transform = half.payload.content, self.workload.transform
         try:
-            data = half.payload.pack()
-            if half.check != _check(half.number, data):
-                return None
             if isinstance(content, bytes | bytearray | memoryview):
                 content = self.workload.there(transform.unpack(content))
             vector = transform.decode(content)  # type: ignore[arg-type]
@@ -317,13 +314,13 @@ class Node:
         return vector.to(torch.float64) if fits else None
 
     async def _again(self, other: int, half: Half, asking: bool) -> None:
-        told = Half(half.number, asking, half.check, half.payload)
+        told = sealed(Half(half.number, asking, half.payload))
         await self.peer.send(PeerId(other), told)
 
     async def say(self, what: int) -> None:
         """Tell the neighbours that all is done, or not to wait for this peer."""
         for other in sorted(self.neighbors - self.silent):
-            await self.peer.send(PeerId(other), Half(what, False, 0, Packed(b"")))
+            await self.peer.send(PeerId(other), sealed(Half(what, False, Packed(b""))))
 
     async def _linger(self) -> None:
         """Stay while somebody may still miss a half."""
@@ -344,7 +341,3 @@ async def live(bound: Bound, peer: Peer) -> None:
         except Leaving:
             life.cancel()
             await node.say(LEAVING)
-
-
-def _check(number: int, data: bytes | memoryview) -> int:
-    return zlib.crc32(number.to_bytes(8, "little"), zlib.crc32(data))

@@ -23,7 +23,7 @@ from shoal.parts.tasks import Flow, Routing
 from shoal.rounds.task import Shard, Task
 from shoal.tensor import keyed, tree
 from shoal.tensor.types import Key, Mask, Vector
-from shoal.wire.checksum import checksum
+from shoal.wire.checksum import intact, sealed
 from shoal.wire.message import Packed, message
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class Checkpoint:
     """A finished expert, and its checksum."""
 
     payload: Packed
-    check: int
+    check: int = 0
 
 
 @message
@@ -190,7 +190,7 @@ class Island:
         key = self.workload.there(peer.key("encode"))
         payload, _ = transform.encode(expert, transform.init(expert), key)
         packed = Packed(payload)
-        finished = Checkpoint(packed, checksum(packed))
+        finished = sealed(Checkpoint(packed))
         for _ in range(settings.tries):
             again_s = peer.now() + settings.retry_s
             try:
@@ -204,7 +204,7 @@ class Island:
 
     async def _take(self, envelope: Envelope[Checkpoint]) -> Taken:
         told = envelope.message
-        if told.check != checksum(told.payload):
+        if not intact(told):
             raise WireError(f"the expert of {envelope.source} was damaged on its way")
         vector = self._opened(told.payload)
         if vector is None:
