@@ -25,7 +25,7 @@ from shoal.rounds.strategy import Strategy
 from shoal.rounds.transform import Payload
 from shoal.rounds.workload import Workload
 from shoal.tensor.types import Mask, Vector
-from shoal.wire.checksum import checksum
+from shoal.wire.checksum import intact, sealed
 from shoal.wire.message import Packed, message
 
 TYPICAL_FLOPS_PER_S = 1e8
@@ -41,7 +41,7 @@ class News:
     payload: Packed
     weight: float | None
     extra: dict[str, Tensor]
-    check: int
+    check: int = 0
 
 
 @dataclass(frozen=True)
@@ -119,8 +119,7 @@ async def _listen(peer: Peer, own: _Own, end_s: float) -> None:
     last: dict[int, int] = {}
     while (heard := await peer.recv(News, deadline=end_s)) is not None:
         told, source = heard.message, int(heard.source)
-        sound = told.check == checksum(told.turn, told.payload, told.weight, told.extra)
-        if sound and told.turn > last.get(source, -1):
+        if intact(told) and told.turn > last.get(source, -1):
             own.news[source], last[source] = told, told.turn
 
 
@@ -141,8 +140,8 @@ async def _turns(peer: Peer, own: _Own, end_s: float) -> None:
             phases.work, own.state, own.codec, own.shard, key, static=(method, turn),
             cost=method.work_cost,
         )  # fmt: skip
-        told = (turn, Packed(payload), None if weight is None else float(weight), dict(extra))
-        news = News(*told, checksum(*told))
+        given = None if weight is None else float(weight)
+        news = sealed(News(turn, Packed(payload), given, dict(extra)))
         for neighbor in peer.neighbors:
             await peer.send(PeerId(neighbor), news)
         used = " ".join(f"{p}.{own.news[p].turn}" for p in peer.neighbors if p in own.news)
