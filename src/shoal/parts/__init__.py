@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import pkgutil
+from functools import cache
 from typing import Any
 
 from shoal.base.errors import UsageError
@@ -36,11 +37,14 @@ _CAPITALS = {
 }
 
 
+# A walk through the folders takes milliseconds, and rules that wrap others ask in each round.
+@cache
 def roles() -> tuple[str, ...]:
     """Every role that has parts."""
     return tuple(sorted(m.name for m in pkgutil.iter_modules(__path__) if m.ispkg))
 
 
+@cache
 def names(role: str) -> tuple[str, ...]:
     """The parts of a role by name, such as `names("aggregate")`."""
     if role not in roles():
