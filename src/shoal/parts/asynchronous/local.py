@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, Protocol
 
 import torch
@@ -65,6 +66,12 @@ class Uneven:
 
     def batches(self, task: Task, size: int) -> Iterator[tuple[slice, Batch]]:
         """(rows, their batch) of each step; a step of many rows comes in pieces."""
+        for rows, block in self.blocks(task, size):
+            for batch in map(Batch, block.x, block.y, block.mask):
+                yield rows, batch
+
+    def blocks(self, task: Task, size: int) -> Iterator[tuple[slice, Batch]]:
+        """(rows, their batches [steps, rows, size]) of steps in a row that the same rows make."""
         per_row = max(1, getattr(task, "sample_bytes", 0) * size)
         rows_at_once = max(1, BATCH_BYTES // per_row)
         step = 0
@@ -80,7 +87,7 @@ class Uneven:
     def _drawn(
         self, task: Task, size: int, rows: slice, steps: range
     ) -> Iterator[tuple[slice, Batch]]:
-        """These steps of some rows; what a row would draw alone."""
+        """Blocks of these steps of some rows; what a row would draw alone."""
         active = [
             min(rows.stop, count) - rows.start for count in self.active[steps.start : steps.stop]
         ]
@@ -92,11 +99,14 @@ class Uneven:
         )
         shard = tree.map_tree(lambda leaf: leaf.expand(len(active), *leaf.shape), shard)
         drawn = task.batch(shard, keys, size)
-        for place, count in enumerate(active):
+        first = 0
+        for count, same in groupby(active):
+            last = first + sum(1 for _ in same)
             yield (
                 slice(rows.start, rows.start + count),
-                Batch(drawn.x[place, :count], drawn.y[place, :count], drawn.mask[place, :count]),
+                Batch(*(leaf[first:last, :count] for leaf in (drawn.x, drawn.y, drawn.mask))),
             )
+            first = last
 
     def back(self, rows: Tensor) -> Tensor:
         """Rows [rows, *] as the call had them, [..., *]."""
@@ -119,10 +129,14 @@ class Displacement:
 
     def __call__(self, task: Task, params: Vector, shard: Shard, key: Key, steps: Scalar) -> Vector:
         rows = Uneven(params, shard, key, steps)
-        moved = rows.params.clone()
-        state = self.optimizer.init(moved)
-        for part, batch in rows.batches(task, self.batch_size):
-            state = self._step(task, moved, state, part, batch)
+        moved, rate = rows.params.clone(), self.optimizer.plain_lr
+        if rate is not None:
+            for part, block in rows.blocks(task, self.batch_size):
+                moved[part] = task.walked(moved[part], block, rate)
+        else:
+            state = self.optimizer.init(moved)
+            for part, batch in rows.batches(task, self.batch_size):
+                state = self._step(task, moved, state, part, batch)
         work = moved - rows.params
         if self.per_step:
             work = work / rows.steps.clamp(min=1).to(work.dtype).unsqueeze(-1)
@@ -130,12 +144,7 @@ class Displacement:
 
     def _step(self, task: Task, params: Vector, state: Any, part: slice, batch: Batch) -> Any:
         """One step of some rows of params, in place."""
-        own, rate = params[part], self.optimizer.plain_lr
-        if rate is not None:
-            after = task.descended(own, batch, rate, donate=True)
-            if after.data_ptr() != own.data_ptr():
-                own.copy_(after)
-            return state
+        own = params[part]
         before = (own, tree.select(state, part))
         moved = self.optimizer.step(own, task.grad(own, batch), before[1])
         # A row without samples takes no step.
