@@ -236,3 +236,63 @@ def test_a_pair_weight_counts_its_distance() -> None:
 def test_bad_settings_say_what_to_do(given: dict[str, Any], says: str) -> None:
     with pytest.raises(UsageError, match=says):
         Flag(**given)
+
+
+def spread_out(basis: np.ndarray, sparsity: float) -> float:
+    """The L1 term: lengths of the basis's rows, over the root of their number."""
+    lengths = np.sqrt((basis**2).sum(-1) + SMOOTHING)
+    return float(sparsity / math.sqrt(len(basis)) * lengths.sum())
+
+
+def explicit_sparse(
+    x: np.ndarray, dim: int, sparsity: float, iterations: int
+) -> tuple[Any, list[float]]:
+    """(update, objectives), with the n x n scatter compressed to the rows' span in full."""
+    unit_rows = x / np.linalg.norm(x, axis=1, keepdims=True)
+    span = np.linalg.qr(unit_rows.T)[0]
+    basis = np.linalg.svd(unit_rows.T, full_matrices=False)[0][:, :dim]
+    bases, worth = [], []
+    for _ in range(iterations + 1):
+        bases.append(basis)
+        worth.append(objective(basis, unit_rows, 0.0, SMOOTHING) + spread_out(basis, sparsity))
+        weights = 0.5 * (np.maximum(sines(basis, unit_rows), 0) + SMOOTHING) ** -0.5
+        lengths = np.sqrt((basis**2).sum(-1) + SMOOTHING)
+        scatter = (unit_rows.T * weights) @ unit_rows
+        scatter -= np.diag(0.5 * sparsity / math.sqrt(x.shape[1]) / lengths)
+        basis = span @ np.linalg.eigh(span.T @ scatter @ span)[1][:, -dim:]
+    best = bases[int(np.argmin(worth))]
+    return best @ (best.T @ unit_rows.mean(0)), worth
+
+
+@settings(max_examples=40, deadline=None)
+@given(SEEDS, st.sampled_from([0.3, 2.0, 20.0]), st.integers(1, 4), st.integers(0, 5))
+def test_sparse_subspaces_in_gram_form_equal_explicit_ones(seed, sparsity, dim, iterations) -> None:
+    x = rows_of(seed, count=6, dim=40)
+    expected, worth = explicit_sparse(x.numpy(), dim, sparsity, iterations)
+    assert all(b <= a + 1e-9 * abs(a) for a, b in pairwise(worth))
+    rule = Flag(dim=dim, sparsity=sparsity, iterations=iterations)
+    found = rule.detail(x, here(x))
+    assert float(found.objective) == pytest.approx(min(worth), abs=1e-6)
+    np.testing.assert_allclose(found.update.numpy(), expected, rtol=0, atol=1e-5)
+
+
+def test_sparsity_prefers_directions_of_few_coordinates() -> None:
+    random = np.random.default_rng(2)
+    few, many = np.zeros(64), np.full(64, 1 / 8)
+    few[5] = 1.0
+    noise = 0.06 * random.normal(size=(9, 64))
+    x = torch.tensor(np.stack([few] * 4 + [many] * 5) + noise)
+    plain, sparse = (Flag(dim=1, sparsity=by, iterations=50).detail(x, here(x)) for by in (0, 8))
+    assert float(plain.values[4:].min()) > 0.8 > float(plain.values[:4].max())
+    assert float(sparse.values[:4].min()) > 0.8 > float(sparse.values[4:].max())
+
+
+def test_sparsity_counts_only_what_the_rows_span() -> None:
+    x = rows_of(6, count=3, dim=12)
+    more = torch.cat((x, 2 * x[:1], torch.zeros(1, 12, dtype=torch.float64)))
+    found = Flag(dim=2, sparsity=3.0).detail(more, here(more))
+    axes = unit(more[:4]).mT @ found.basis[:4]
+    assert int((axes.norm(dim=0) > 0.5).sum()) == 2
+    torch.testing.assert_close(
+        (axes.mT @ axes).diagonal().sort().values[-2:], torch.ones(2, dtype=torch.float64)
+    )

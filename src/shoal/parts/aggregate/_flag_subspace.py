@@ -6,6 +6,7 @@ span: whatever happens there takes k x k matrices, however long the rows are.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,10 @@ _ALIKE = 1e-12
 """Squared distance of unit rows below which they are one row: the rest is rounding."""
 _SETTLED = 1e-10
 _RANK = 16 * torch.finfo(torch.float64).eps
+
+Spread = Callable[[Tensor], tuple[Scalar, Tensor]]
+"""What a basis [..., k, k] (combinations of the unit rows) costs for the coordinates that it is
+spread over, and the scatter [..., k, k] of the unit rows with the weights of that cost."""
 
 
 @dataclass(frozen=True)
@@ -58,15 +63,19 @@ class Subspace:
 
 @dataclass(frozen=True)
 class _Iterate:
+    """bend: what the cost of spreading takes from the matrix of the next step, in the span."""
+
     axes: Tensor
     inside: Tensor
     between: Tensor
+    bend: Tensor
     objective: Scalar
 
 
 def subspace(
-    gram: Tensor, here: Mask, dim: int | None, iterations: int, likelihood: Likelihood
-) -> Subspace:
+    gram: Tensor, here: Mask, dim: int | None, iterations: int, likelihood: Likelihood,
+    spread: Spread | None = None,
+) -> Subspace:  # fmt: skip
     """Iteratively reweighted least squares; the best iterate counts.
 
     gram: float64 [..., k, k] of unit rows, zero where a row is not `here`.
@@ -79,22 +88,22 @@ def subspace(
     sound = size > _RANK * size.amax(-1, keepdim=True)
     root = torch.where(sound, size, 0.0).sqrt()
     rows = root.unsqueeze(-1) * vectors.mT
+    inverse = torch.where(sound, 1 / torch.where(sound, root, 1.0), 0.0)
+    back = vectors * inverse.unsqueeze(-2)
     both = here.unsqueeze(-1) & here.unsqueeze(-2)
     apart = torch.where(both, 2 - 2 * gram, 0.0).clamp(min=0)
-    pairs = _Pairs(apart, count, likelihood)
-    best = now = pairs.look(rows, here, here.to(torch.float64), torch.zeros_like(gram), wanted)
+    search = _Search(rows, here, wanted, _Pairs(apart, count, likelihood), back, sound, spread)
+    zero = torch.zeros_like(gram)
+    best = now = search.look(here.to(torch.float64), zero, zero)
     settled = torch.zeros_like(best.objective, dtype=torch.bool)
     for _ in range(iterations):
-        single = torch.where(here, likelihood.weight(now.inside), 0.0)
-        after = pairs.look(rows, here, single, pairs.weight(now.between), wanted)
+        after = search.after(now)
         # A world that has settled stays, so that it ends alike whatever other worlds still do.
         better = ~settled & (after.objective < best.objective)
         settled = settled | ((now.objective - after.objective).abs() < _SETTLED)
         best, now = _choose(better, after, best), after
         if certain(settled):
             break
-    inverse = torch.where(sound, 1 / torch.where(sound, root, 1.0), 0.0)
-    back = vectors * inverse.unsqueeze(-2)
     mean = rows @ shares(here).unsqueeze(-1)
     share = (back @ (best.axes @ (best.axes.mT @ mean))).squeeze(-1)
     # A subspace that holds all rows holds their mean: exactly, not to rounding.
@@ -126,24 +135,53 @@ class _Pairs:
         distance = torch.where(far, self.apart, 1.0)
         return self.portion * self.likelihood.weight(between) / distance
 
-    def look(
-        self, rows: Tensor, here: Mask, single: Tensor, double: Tensor, dim: Tensor
-    ) -> _Iterate:
+
+@dataclass(frozen=True)
+class _Search:
+    """rows: unit rows in the span's coordinates, as columns; back: from there to combinations of
+    them; sound: which of these coordinates there are."""
+
+    rows: Tensor
+    here: Mask
+    dim: Tensor
+    pairs: _Pairs
+    back: Tensor
+    sound: Mask
+    spread: Spread | None
+
+    def after(self, now: _Iterate) -> _Iterate:
+        """The next iterate: least squares with the weights of this one."""
+        single = torch.where(self.here, self.pairs.likelihood.weight(now.inside), 0.0)
+        return self.look(single, self.pairs.weight(now.between), now.bend)
+
+    def look(self, single: Tensor, double: Tensor, bend: Tensor) -> _Iterate:
         """The subspace of these weights, and what it is worth."""
+        rows, pairs = self.rows, self.pairs
         laplacian = torch.diag_embed(single + 2 * double.sum(-1)) - 2 * double
-        _, vectors = torch.linalg.eigh(rows @ laplacian @ rows.mT)
+        _, vectors = torch.linalg.eigh(rows @ laplacian @ rows.mT - bend)
         place = torch.arange(rows.shape[-1], device=rows.device)
-        axes = vectors * (place >= rows.shape[-1] - dim.unsqueeze(-1)).unsqueeze(-2)
+        axes = vectors * (place >= rows.shape[-1] - self.dim.unsqueeze(-1)).unsqueeze(-2)
         across = axes.mT @ rows
         inside = across.square().sum(-2).clamp(max=1)
         inner = across.mT @ across
         norm = inner.diagonal(dim1=-2, dim2=-1)
         square = norm.unsqueeze(-1) + norm.unsqueeze(-2) - 2 * inner
-        far = self.apart > _ALIKE
-        between = (square / torch.where(far, self.apart, 1.0)).clamp(0, 1)
-        cost = torch.where(here, self.likelihood.term(inside), 0.0).sum(-1)
-        cost = cost + (self.portion * self.likelihood.term(between)).sum((-2, -1))
-        return _Iterate(axes, inside, between, cost)
+        far = pairs.apart > _ALIKE
+        between = (square / torch.where(far, pairs.apart, 1.0)).clamp(0, 1)
+        cost = torch.where(self.here, pairs.likelihood.term(inside), 0.0).sum(-1)
+        cost = cost + (pairs.portion * pairs.likelihood.term(between)).sum((-2, -1))
+        if self.spread is not None:
+            more, bend = self._bent(axes)
+            cost = cost + more
+        return _Iterate(axes, inside, between, bend, cost)
+
+    def _bent(self, axes: Tensor) -> tuple[Scalar, Tensor]:
+        assert self.spread is not None
+        cost, scatter = self.spread(self.back @ axes)
+        bend = self.back.mT @ scatter @ self.back
+        # Coordinates that the rows do not span cost nothing, and must not be taken for that.
+        last = 1 + bend.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True)
+        return cost, bend + torch.diag_embed(torch.where(self.sound, 0.0, last))
 
 
 def _choose(first: Mask, one: _Iterate, other: _Iterate) -> _Iterate:
@@ -152,5 +190,6 @@ def _choose(first: Mask, one: _Iterate, other: _Iterate) -> _Iterate:
 
     return _Iterate(
         pick(one.axes, other.axes), pick(one.inside, other.inside),
-        pick(one.between, other.between), pick(one.objective, other.objective),
+        pick(one.between, other.between), pick(one.bend, other.bend),
+        pick(one.objective, other.objective),
     )  # fmt: skip

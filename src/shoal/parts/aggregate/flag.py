@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from shoal.base.errors import UsageError
-from shoal.parts.aggregate._flag_subspace import Likelihood, subspace
+from shoal.parts.aggregate._flag_subspace import SMOOTHING, Likelihood, Spread, subspace
 from shoal.parts.aggregate.base import need_count, same_for_all
 from shoal.tensor.stack import or_center, usable
 from shoal.tensor.types import Mask, Scalar, Stack, Vector, Weight
@@ -48,6 +49,12 @@ class Flag:
     sqrt(1 - v^2); `exact=True` keeps the logarithm. `regulariser` (lambda) times the mean over
     ordered pairs of the sines of their differences keeps what tells rows apart inside.
 
+    `sparsity` adds an L1 norm of the subspace Y: times the sum over coordinates of the lengths of
+    Y's rows, over the root of their number, so that directions which few coordinates carry are
+    preferred. Rows' lengths, and not the entries, since these change with the basis that is taken
+    of the same subspace. Only subspaces of the rows' span are compared, and one more pass over the
+    rows is made per iteration. The update then no longer turns with the space.
+
     The update is no longer than 1 whatever arrives: choose the learning rate for that, or
     `rescale="median_norm"` to give it the median length of the rows. There is no proven bound on
     the distance to the honest mean. Breaks when faulty rows that are alike hold more than their
@@ -69,11 +76,13 @@ class Flag:
     beta: float = 0.5
     exact: bool = False
     rescale: str | None = None
+    sparsity: float = 0.0
 
     examples: ClassVar[tuple[dict[str, Any], ...]] = (
         {},
         {"rescale": "median_norm", "regulariser": 4.0},
         {"dim": 3, "alpha": 1.5, "beta": 0.3, "exact": True, "iterations": 3},
+        {"sparsity": 2.0, "iterations": 3},
     )
     centered: ClassVar[bool] = False
     translation: ClassVar[bool] = False
@@ -82,10 +91,11 @@ class Flag:
         if self.dim is not None:
             need_count("flag", "dim", self.dim, 1, "dimensions; None takes (rows + 1)/2")
         need_count("flag", "iterations", self.iterations, 0, "5 is usual")
-        if not 0 <= self.regulariser < float("inf"):
-            raise UsageError(
-                f"flag: regulariser={self.regulariser!r}; need a finite number >= 0 (0 = none)"
-            )
+        for name in ("regulariser", "sparsity"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise UsageError(
+                    f"flag: {name}={getattr(self, name)!r}; need a finite number >= 0 (0 = none)"
+                )
         if not (1 <= self.alpha < float("inf") and 0 < self.beta <= 1) or (
             self.alpha == 1 and self.beta == 1
         ):
@@ -137,7 +147,8 @@ class Flag:
         length = torch.where(here, gram.diagonal(dim1=-2, dim2=-1).sqrt(), 1.0)
         gram = gram / (length.unsqueeze(-1) * length.unsqueeze(-2))
         likelihood = Likelihood(self.alpha, self.beta, self.exact, self.regulariser)
-        found = subspace(gram, here, self.dim, self.iterations, likelihood)
+        spread = self._spread(x, top, here, length) if self.sparsity else None
+        found = subspace(gram, here, self.dim, self.iterations, likelihood, spread)
         share = found.share / length
         if self.rescale is not None:
             share = share * _median_length(torch.where(here, length * top, 0.0), rows)
@@ -145,6 +156,20 @@ class Flag:
         for part, place in _scaled(x, top, here):
             update[..., place] = (share.unsqueeze(-2) @ part).squeeze(-2)
         return FlagResult(update.to(x.dtype), found.values, found.basis, found.objective)
+
+    def _spread(self, x: Stack, top: Tensor, here: Mask, length: Tensor) -> Spread:
+        factor = self.sparsity / math.sqrt(x.shape[-1])
+
+        def spread(basis: Tensor) -> tuple[Scalar, Tensor]:
+            scatter, cost = torch.zeros_like(basis), torch.zeros_like(basis[..., 0, 0])
+            for part, _ in _scaled(x, top, here):
+                unit = part / length.unsqueeze(-1)
+                root = ((basis.mT @ unit).square().sum(-2) + SMOOTHING).sqrt()
+                cost += factor * root.sum(-1)
+                scatter += (unit * (0.5 * factor / root).unsqueeze(-2)) @ unit.mT
+            return cost, scatter
+
+        return spread
 
 
 def _scaled(x: Stack, top: Tensor, here: Mask) -> Iterator[tuple[Stack, slice]]:
