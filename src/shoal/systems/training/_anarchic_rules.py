@@ -19,7 +19,7 @@ from shoal.parts.asynchronous.buffered import BufferedCourse, weighted_sum
 from shoal.parts.asynchronous.local import Uneven
 from shoal.parts.asynchronous.rule import Action, Delta, Drop, Moment
 from shoal.parts.asynchronous.staleness import Staleness
-from shoal.rounds.task import Shard, Task
+from shoal.rounds.task import Batch, Shard, Task
 from shoal.tensor.types import Index, Key, Mask, Scalar, Vector, Weight
 
 STARTS = ("pass", "filled")
@@ -41,10 +41,12 @@ class MeanGradient:
     def __call__(self, task: Task, params: Vector, shard: Shard, key: Key, steps: Scalar) -> Vector:
         rows = Uneven(params, shard, key, steps)
         place, total = rows.params.clone(), torch.zeros_like(rows.params)
-        for part, batch in rows.batches(task, self.batch_size):
-            gradient = task.grad(place[part], batch)
-            total[part] += gradient
-            place[part].sub_(gradient, alpha=self.lr)
+        for part, block in rows.blocks(task, self.batch_size):
+            own, gone = place[part], total[part]
+            for batch in map(Batch, block.x, block.y, block.mask):
+                gradient = task.grad(own, batch)
+                gone.add_(gradient)
+                own.sub_(gradient, alpha=self.lr)
         if self.per_step:
             total = total / rows.steps.clamp(min=1).to(total.dtype).unsqueeze(-1)
         return rows.back(total)
