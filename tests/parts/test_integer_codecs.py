@@ -14,7 +14,9 @@ from scipy import stats
 
 from shoal.base.errors import DecodeError, UsageError
 from shoal.parts.privacy.modular_sum import ModularSum
+from shoal.parts.transform._bits import from_bits, join, pack_integers, to_bits, unpack_integers
 from shoal.parts.transform.clip_entries import ClipEntries
+from shoal.parts.transform.fixed_point import FixedPoint
 from shoal.parts.transform.pbm import Pbm
 from shoal.parts.transform.rqm import Rqm
 from shoal.tensor.flat import FlatSpec
@@ -266,3 +268,58 @@ def test_malformed_bytes_are_refused() -> None:
     ):
         with pytest.raises(DecodeError, match=message):
             codec.unpack(data)
+
+
+@given(
+    codec=st.builds(FixedPoint, clip=st.floats(0.1, 10), levels=st.integers(3, 70_000)),
+    place=st.floats(-1, 1),
+)  # fmt: skip
+@settings(max_examples=60, deadline=None)
+def test_fixed_point_rounds_to_a_neighbour_and_is_right_on_average(
+    codec: FixedPoint, place: float
+) -> None:
+    x = torch.tensor([place * codec.clip], dtype=torch.float64)
+    law = codec.pmf(x)[0]
+    assert float(law.sum()) == pytest.approx(1.0, abs=1e-9)
+    assert float(law @ codec.values()) == pytest.approx(float(x), abs=1e-8 * codec.clip)
+    draws = codec.draw(x.expand(4000), grid(KEY, 4000)).to(torch.int64)
+    seen = law[draws.unique()]
+    assert (seen > 0).all()
+    assert int(draws.max() - draws.min()) <= 1
+    share = float((draws == draws.max()).double().mean())
+    expected = float(law[draws.max()])
+    assert abs(share - expected) < 5 * math.sqrt(expected * (1 - expected) / 4000) + 1e-6
+
+
+@pytest.mark.parametrize("levels", [3, 255, 256, 257, 65_535, (1 << 24) - 1])
+def test_fixed_point_sums_are_exact(levels: int) -> None:
+    codec = FixedPoint(clip=2.0, levels=levels, clients=50)
+    x = torch.linspace(-2.5, 2.5, 41, dtype=torch.float64).expand(50, -1)
+    payload, _ = codec.encode(x, None, grid(KEY, 50))
+    assert payload.codes.dtype == (torch.uint8 if levels <= 256 else torch.int32)
+    total = payload.codes.to(torch.int64).sum(0)
+    assert int(total.max()) < 1 << codec.width
+    assert codec.width % 8 == 0
+    mean = codec.decode(payload).mean(0)
+    assert torch.allclose(codec.decode_sum(total, 50), mean, rtol=0, atol=1e-12)
+    ends = codec.decode(payload)[:, [0, -1]]
+    assert torch.allclose(ends, torch.tensor([-2.0, 2.0], dtype=torch.float64).expand(50, -1))
+    zero = codec.decode(codec.encode(torch.zeros(9), None, KEY)[0])
+    assert not zero.any() or levels % 2 == 0
+    with pytest.raises(UsageError, match="3 to 16777215"):
+        FixedPoint(levels=1 << 24)
+
+
+@pytest.mark.parametrize("width", [8, 16, 24, 32, 40, 56])
+def test_whole_bytes_are_packed_as_bits_are(width: int) -> None:
+    numbers = grid(KEY, 33).numpy() & ((1 << width) - 1)
+    packed = pack_integers(numbers, width)
+    assert packed == join([to_bits(numbers, width)])
+    octets = np.frombuffer(packed, np.uint8)
+    found = unpack_integers(octets, width, 33, "test")
+    assert (found == numbers).all()
+    slow = from_bits(np.unpackbits(octets, bitorder="little"), width, 33)
+    assert found.dtype == slow.dtype
+    for wrong in (octets[:-1], np.append(octets, np.uint8(0))):
+        with pytest.raises(DecodeError):
+            unpack_integers(wrong, width, 33, "test")
