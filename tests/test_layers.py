@@ -48,6 +48,7 @@ PARTS_EDGES = {
     ("asynchronous", "optimise"): "clients of asynchronous servers make steps of SGD",
     ("tasks", "models"): "a data set builds its model, and the task compiles it",
     ("tasks", "flow"): "a flow task lays samples on the path, and is judged by exact flows",
+    ("privacy", "transform"): "masked codes are packed as the codes of transforms are",
 }
 """What a subpackage of parts may import of another, and why; all else goes through rounds."""
 

@@ -1,0 +1,143 @@
+"""What a hub and its clients say to each other in a masked round."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shoal.base.errors import DecodeError
+from shoal.parts.privacy.masked_peer import Advert
+from shoal.parts.transform._bits import pack_integers, packed_bytes, unpack_integers
+from shoal.wire.message import Packed, message
+
+KEY_BYTES = 32
+
+
+@message(tag=("round",))
+class Begin:
+    """The hub's parameters, and what its strategy gives beside them; none at the end."""
+
+    round: int
+    params: Tensor
+    extra: dict[str, Tensor]
+    check: int = 0
+
+
+@message(tag=("round",))
+class Advertise:
+    """A client's two public keys and the commitment to its own mask."""
+
+    round: int
+    keys: bytes
+    check: int = 0
+
+
+@message(tag=("round",))
+class Book:
+    """What a client's neighbours advertised, in their order."""
+
+    round: int
+    peers: tuple[int, ...]
+    keys: bytes
+    check: int = 0
+
+
+@message(tag=("round",))
+class Deal:
+    """Sealed shares for each of the peers."""
+
+    round: int
+    peers: tuple[int, ...]
+    sealed: bytes
+    check: int = 0
+
+
+@message(tag=("round",))
+class Dealt:
+    """Sealed shares from each of the peers."""
+
+    round: int
+    peers: tuple[int, ...]
+    sealed: bytes
+    check: int = 0
+
+
+@message(tag=("round",))
+class Masked:
+    """A client's vector, weight and all, under its masks."""
+
+    round: int
+    codes: Packed
+    check: int = 0
+
+
+@message(tag=("round",))
+class Question:
+    """Whose vectors came, and whose did not, among a client's neighbours that shared."""
+
+    round: int
+    survivors: tuple[int, ...]
+    dropped: tuple[int, ...]
+    check: int = 0
+
+
+@message(tag=("round",))
+class Reveal:
+    """Shares of the own masks of some, and of the keys of others, one after the other."""
+
+    round: int
+    seeds: tuple[int, ...]
+    keys: tuple[int, ...]
+    shares: bytes
+    check: int = 0
+
+
+class Row:
+    """Masked entries as they travel: int64 [entries], `bits` bits each."""
+
+    def __init__(self, codes: Tensor, bits: int) -> None:
+        self.codes, self.bits = codes, bits
+
+    def byte_count(self) -> int:
+        return packed_bytes(len(self.codes), self.bits)
+
+    def pack(self) -> bytes:
+        return pack_integers(self.codes.cpu().numpy(), self.bits)
+
+
+def row_of(packed: Packed, entries: int, bits: int) -> Tensor | None:
+    """int64 [entries], None for another length."""
+    content = packed.content
+    if isinstance(content, Row):
+        return content.codes if len(content.codes) == entries else None
+    octets = np.frombuffer(bytes(content), np.uint8)  # type: ignore[arg-type]
+    if len(octets) != packed_bytes(entries, bits):
+        return None
+    try:
+        codes = unpack_integers(octets, bits, entries, "masked sum")
+    except DecodeError:
+        return None
+    return torch.from_numpy(codes.astype(np.int64))
+
+
+def together(pieces: Mapping[int, bytes]) -> tuple[tuple[int, ...], bytes]:
+    """Pieces of equal length by peer as a message has them."""
+    peers = tuple(sorted(pieces))
+    return peers, b"".join(pieces[peer] for peer in peers)
+
+
+def apart(peers: Sequence[int], data: bytes, size: int) -> dict[int, bytes] | None:
+    """Inverse of `together`; None where the length does not fit, or a peer comes twice."""
+    if len(data) != size * len(peers) or len(set(peers)) != len(peers):
+        return None
+    return {peer: data[size * i : size * (i + 1)] for i, peer in enumerate(peers)}
+
+
+def advert_of(keys: bytes) -> Advert | None:
+    """Three fields of 32 bytes."""
+    if len(keys) != 3 * KEY_BYTES:
+        return None
+    return Advert(*[keys[KEY_BYTES * i : KEY_BYTES * (i + 1)] for i in range(3)])
