@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -194,45 +194,59 @@ class Experiment:
         start. A run that ends in a ShoalError is reported as missing; wrong settings and
         programming errors are raised.
         """
-        if jobs < 1:
-            raise UsageError(f"jobs = {jobs}; need at least 1")
-        launcher = launcher or seam.launch
-        cells = self.cells()
-        for cell in {c.arm: c for c in cells}.values():
-            check(cell.scenario)
-        outcomes: dict[tuple[str, int], Outcome] = {}
-        waiting: list[Waiting] = []
-        for cell in cells:
-            key = cell.key() if store is not None else None
-            found = None
-            if store is not None and key is not None and not fresh:
-                found = store.get(key)
-            if found is None:
-                waiting.append((cell, key))
-            else:
-                outcomes[cell.arm, cell.seed] = Outcome(cell, found, key=key)
-
-        def tell(cell: Cell, part: float = 0.0, note: str = "", reused: bool = False) -> None:
-            if progress is not None:
-                name = f"{cell.arm}, seed {cell.seed}"
-                progress(Tick(len(outcomes), len(cells), name, part, note, reused))
-
-        if fresh:
-            for group in stacked(waiting, launcher):
-                forget(kept_at(group, launcher, store))
-        for outcome in list(outcomes.values()):
-            tell(outcome.cell, note="stored", reused=True)
-        source = (
-            in_processes(waiting, launcher, store, jobs)
-            if jobs > 1 and len(waiting) > 1
-            else _here(waiting, launcher, store, tell)
+        outcomes = run_cells(
+            self.cells(), store, jobs=jobs, progress=progress, launcher=launcher, fresh=fresh
         )
-        for outcome in source:
-            outcomes[outcome.cell.arm, outcome.cell.seed] = outcome
-            resumed = f", resumed at round {outcome.resumed}" if outcome.resumed else ""
-            tell(outcome.cell, note=outcome.error or f"done{resumed}")
-        ordered = [outcomes[cell.arm, cell.seed] for cell in cells]
-        return Report.of(self, ordered, store)
+        return Report.of(self, outcomes, store)
+
+
+def run_cells(
+    cells: Sequence[Cell],
+    store: Store | None = None,
+    *,
+    jobs: int = 1,
+    progress: Callable[[Tick], None] | None = None,
+    launcher: Launcher | None = None,
+    fresh: bool = False,
+) -> list[Outcome]:
+    """The part of `Experiment.run` that runs cells; no arm may have one seed twice."""
+    if jobs < 1:
+        raise UsageError(f"jobs = {jobs}; need at least 1")
+    launcher = launcher or seam.launch
+    for cell in {c.arm: c for c in cells}.values():
+        check(cell.scenario)
+    outcomes: dict[tuple[str, int], Outcome] = {}
+    waiting: list[Waiting] = []
+    for cell in cells:
+        key = cell.key() if store is not None else None
+        found = None
+        if store is not None and key is not None and not fresh:
+            found = store.get(key)
+        if found is None:
+            waiting.append((cell, key))
+        else:
+            outcomes[cell.arm, cell.seed] = Outcome(cell, found, key=key)
+
+    def tell(cell: Cell, part: float = 0.0, note: str = "", reused: bool = False) -> None:
+        if progress is not None:
+            name = f"{cell.arm}, seed {cell.seed}"
+            progress(Tick(len(outcomes), len(cells), name, part, note, reused))
+
+    if fresh:
+        for group in stacked(waiting, launcher):
+            forget(kept_at(group, launcher, store))
+    for outcome in list(outcomes.values()):
+        tell(outcome.cell, note="stored", reused=True)
+    source = (
+        in_processes(waiting, launcher, store, jobs)
+        if jobs > 1 and len(waiting) > 1
+        else _here(waiting, launcher, store, tell)
+    )
+    for outcome in source:
+        outcomes[outcome.cell.arm, outcome.cell.seed] = outcome
+        resumed = f", resumed at round {outcome.resumed}" if outcome.resumed else ""
+        tell(outcome.cell, note=outcome.error or f"done{resumed}")
+    return [outcomes[cell.arm, cell.seed] for cell in cells]
 
 
 def _noting(tell: Callable[..., None], first: Cell, size: int) -> Progress:

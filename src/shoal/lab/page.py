@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from shoal.lab import chart_picture, plot
 from shoal.lab.faults import read_fault
-from shoal.lab.page_style import STYLE
+from shoal.lab.page_parts import document, figure, header, section, table
 from shoal.lab.picture import picture
 from shoal.lab.scenario import Scenario
 from shoal.lab.text import columns, interval_text, label, level_text, number
@@ -38,32 +38,7 @@ def page(report: Report, replay: str = "") -> str:
         _setting(report),
         _again(report, replay),
     ]
-    title = escape(report.title)
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{title}</title><style>{STYLE}</style></head>\n<body><main>\n"
-        + "\n".join(filter(None, sections))
-        + "\n</main></body></html>\n"
-    )
-
-
-def _section(title: str, *content: str, note: str = "") -> str:
-    inside = "\n".join(filter(None, content))
-    if not inside:
-        return ""
-    lead = f'<p class="note">{note}</p>' if note else ""
-    return f"<section><h2>{escape(title)}</h2>{lead}\n{inside}</section>"
-
-
-def _table(heads: list[str], rows: list[list[str]], kind: str = "") -> str:
-    """A table of finished HTML cells; it scrolls by itself when it is too wide."""
-    head = "".join(f"<th>{cell}</th>" for cell in heads)
-    body = "".join("<tr>" + "".join(f"<td>{c}</td>" for c in row) + "</tr>" for row in rows)
-    return (
-        f'<div class="wide"><table class="{kind}"><thead><tr>{head}</tr></thead>'
-        f"<tbody>{body}</tbody></table></div>"
-    )
+    return document(report.title, sections)
 
 
 def _head(report: Report) -> str:
@@ -77,12 +52,8 @@ def _head(report: Report) -> str:
         f"{report.budget} budget" if report.system else "",
         report.created,
     ]
-    items = "".join(f"<li>{escape(fact)}</li>" for fact in facts if fact)
     over = f"Reproduction of {report.system}" if report.system else "Comparison"
-    return (
-        f'<header><p class="over">{escape(over)}</p><h1>{escape(report.title)}</h1>'
-        f'<ul class="facts">{items}</ul></header>'
-    )
+    return header(over, report.title, facts)
 
 
 _BADGES = {"holds": "good", "fails": "bad", "inconclusive": "open", "out of scale": "quiet"}
@@ -116,7 +87,7 @@ def _claims(report: Report) -> str:
         "A claim holds when the statistic over the paired seeds lies within its bound. "
         "Clear: the whole interval does."
     )
-    return _section("Claims", _table(heads, rows, "claims"), note=note)
+    return section("Claims", table(heads, rows, "claims"), note=note)
 
 
 def _summary(report: Report) -> str:
@@ -134,7 +105,7 @@ def _summary(report: Report) -> str:
             arm for arm in report.arms if any(r.arm == arm and r.metric in single for r in summary)
         ]
         tables += '<p class="note more">Of single arms</p>' + _numbers(report, single, having)
-    return _section("Results", tables, note=note + ".")
+    return section("Results", tables, note=note + ".")
 
 
 def _numbers(report: Report, metrics: list[str], arms: Sequence[str]) -> str:
@@ -155,7 +126,7 @@ def _numbers(report: Report, metrics: list[str], arms: Sequence[str]) -> str:
                 text += f"<span class='small'>{row.seeds} of {len(report.seeds)} seeds</span>"
             line.append(text)
         rows.append(line)
-    return _table(["", *map(escape, map(label, metrics))], rows, "numbers")
+    return table(["", *map(escape, map(label, metrics))], rows, "numbers")
 
 
 def _chip(report: Report, arm: str) -> str:
@@ -174,47 +145,40 @@ def _errors(report: Report) -> str:
         for cell in report.cells
         if cell.error
     ]
-    return _section(
-        "Runs that ended in an error", _table(["arm", "seed", "error"], rows) if rows else ""
+    return section(
+        "Runs that ended in an error", table(["arm", "seed", "error"], rows) if rows else ""
     )
 
 
 def _plots(report: Report) -> str:
     """The pictures that the card asks for."""
-    figures = [_figure(plot.against(report, each), each.title) for each in report.plots]
+    figures = [figure(plot.against(report, each), each.title) for each in report.plots]
     note = "Points are medians over the seeds, bands reach from the lowest to the highest seed."
-    return _section("Arm against arm", *figures, note=note)
+    return section("Arm against arm", *figures, note=note)
 
 
 def _charts(report: Report) -> str:
     """Pictures of what the card's own functions make of the runs."""
-    figures = [_figure(chart_picture.svg(each), each.title) for each in report.charts]
-    return _section("Findings", *figures)
+    figures = [figure(chart_picture.svg(each), each.title) for each in report.charts]
+    return section("Findings", *figures)
 
 
 def _progress(report: Report) -> str:
-    figures = [_figure(plot.progress(report, name)) for name in report.metrics()[:METRICS_MAX]]
+    figures = [figure(plot.progress(report, name)) for name in report.metrics()[:METRICS_MAX]]
     if not any(figures):
         return ""
     note = "Lines are medians over the seeds, bands reach from the lowest to the highest seed"
     if any(cell.happenings for cell in report.cells):
         note += ", dashed marks are faults"
-    return _section("Progress", _legend(report), *figures, note=note + ".")
-
-
-def _figure(picture: str, caption: str = "") -> str:
-    if not picture:
-        return ""
-    text = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
-    return f"<figure>{picture}{text}</figure>"
+    return section("Progress", _legend(report), *figures, note=note + ".")
 
 
 def _peers(report: Report) -> str:
-    figures = [_figure(plot.spread(report, name)) for name in report.metrics()[:2]]
+    figures = [figure(plot.spread(report, name)) for name in report.metrics()[:2]]
     if not any(figures):
         return ""
     note = f"How single peers fare, with seed {report.seeds[0]}."
-    return _section("Spread over the peers", _legend(report), *figures, note=note)
+    return section("Spread over the peers", _legend(report), *figures, note=note)
 
 
 def _network(report: Report) -> str:
@@ -225,11 +189,11 @@ def _network(report: Report) -> str:
         struck = {p: f["kind"] for f in (cell.faults if cell else []) for p in f.get("who", ())}
         edges = sum(graph.degrees) // 2
         caption = f"{', '.join(graph.arms)}: {graph.peers:,} peers, {edges:,} links in round 0"
-        figures.append(_figure(picture(graph, byzantine, struck), caption))
-    load = _figure(plot.traffic(report), "Who carries the load")
+        figures.append(figure(picture(graph, byzantine, struck), caption))
+    load = figure(plot.traffic(report), "Who carries the load")
     if not figures and not load:
         return ""
-    return _section("Network", f'<div class="pair">{"".join(figures)}{load}</div>')
+    return section("Network", f'<div class="pair">{"".join(figures)}{load}</div>')
 
 
 def _first(report: Report, arms: tuple[str, ...]) -> CellResult | None:
@@ -257,8 +221,8 @@ def _faults(report: Report) -> str:
     note = f"The explicit list of seed {report.seeds[0]}"
     if len(found) > 60:
         note += f"; the first 60 of {len(found):,}, the others are in the JSON file"
-    return _section(
-        "Faults", _table(["fault", "arms"], rows, "plain") if rows else "", note=note + "."
+    return section(
+        "Faults", table(["fault", "arms"], rows, "plain") if rows else "", note=note + "."
     )
 
 
@@ -274,7 +238,7 @@ def _setting(report: Report) -> str:
     for arm, lines in plain.items():
         own = {k: v for k, v in lines.items() if (k, v) not in shared}
         rows += _group(_chip(report, arm), own)
-    return _section("Scenario and settings", _table(["", "setting", "value"], rows, "plain dense"))
+    return section("Scenario and settings", table(["", "setting", "value"], rows, "plain dense"))
 
 
 def _group(name: str, lines: dict[str, str]) -> list[list[str]]:
@@ -322,8 +286,8 @@ def _again(report: Report, replay: str) -> str:
         for c in report.cells if not c.error
     ]  # fmt: skip
     heads = ["arm", "seed", "state digest", "trace digest", "CPU time"]
-    more = f"<details><summary>Digests of the {len(digests)} runs</summary>{_table(heads, digests)}"
-    return _section(
+    more = f"<details><summary>Digests of the {len(digests)} runs</summary>{table(heads, digests)}"
+    return section(
         "Run it again", command, environment, more + "</details>",
         note="The same code and seeds give the same numbers and digests.",
     )  # fmt: skip
