@@ -1,0 +1,33 @@
+"""Secure aggregation as 8 processes of which one is killed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from up_processes import Upped
+
+pytestmark = [pytest.mark.live, pytest.mark.slow, pytest.mark.timeout(300)]
+
+WORDS = (
+    "secure-aggregation", "--set", "rounds=40", "--set", "audit=true", "--set", "secrets=system",
+    "--set", "work_s=4", "--set", "phase_s=2", "--set", "links=none", "--gone-s", "4",
+)  # fmt: skip
+
+
+def test_a_killed_process_is_taken_off_the_sum(tmp_path: Path) -> None:
+    up = Upped(tmp_path, "8", *WORDS, "--restart", "--restarts", "1", patience_s=240)
+    try:
+        up.wait_for_round(5)
+        up.kill(3)
+        up.happened("restarted", 3)
+        assert up.end() == 0, up.told()
+    finally:
+        up.close()
+    curves = up.report()["curves"]
+    clients = [value for _, _, value in curves["clients"]]
+    assert clients[0] == 7
+    assert min(clients) == 6
+    assert clients[-1] == 7
+    losses = [value for _, _, value in curves["loss"]]
+    assert losses[-1] < losses[0]
