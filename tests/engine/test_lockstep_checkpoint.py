@@ -260,7 +260,7 @@ def test_everything_that_rounds_may_change_is_kept_or_made_anew() -> None:
         },
         "Timeline": {"faults", "_absent"},
         "Wires": {"network", "_latency_s", "uplink", "downlink"},
-        "Measure": {"task", "_final", "_each", "_chosen", "_honest", "_open"},
+        "Measure": {"task", "_final", "_each", "_of_peers", "_chosen", "_honest", "_open"},
     }  # fmt: skip
     kept = {
         "Lockstep": {"state", "codec", "hub_state", "adopted", "saved"},

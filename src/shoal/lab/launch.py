@@ -218,11 +218,16 @@ def measure_of(scenario: Scenario, pieces: Pieces, seed: int) -> Measure:
     from shoal.parts import find
     from shoal.rounds.measure import Measure
 
-    of_mean = tuple(find("measure", name)() for name in scenario.measures)
+    of_mean = tuple(_measure(find("measure", name)(), pieces.attack) for name in scenario.measures)
     return Measure(
         pieces.task, seed=seed, byzantine=pieces.byzantine, evaluated=scenario.eval_peers,
         of_mean=of_mean,
     )  # fmt: skip
+
+
+def _measure(measure: Any, attack: Any) -> Any:
+    bind = getattr(measure, "bind", None)
+    return measure if bind is None else bind(attack)
 
 
 def _run_program(

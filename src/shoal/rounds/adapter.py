@@ -11,7 +11,7 @@ from torch import Tensor
 
 from shoal.base.errors import Leaving
 from shoal.base.ids import PeerId
-from shoal.kernel.peer import Peer
+from shoal.kernel.peer import Cost, Peer
 from shoal.rounds import method as phases
 from shoal.rounds.adversary import Adversary
 from shoal.rounds.method import Method, Wave
@@ -24,6 +24,7 @@ from shoal.wire.message import Packed, message
 T = TypeVar("T")
 _BYTES = (bytes, bytearray, memoryview)
 _NOTHING: Mapping[str, Tensor] = {}
+_FREE = Cost()
 
 
 @message(tag=("round", "hop"))
@@ -196,19 +197,38 @@ class Rounds:
         targets = wave.targets[peer.id]
         weight = None if own.weight is None else float(own.weight)
         extra = dict(own.extra)
+        told = await self._told(peer, own, targets, round) if self.method.addresses else None
         if peer.id not in self.method.byzantine:
             update = Update(round, hop, Packed(own.payload), weight, extra)
-            for target in targets:
+            for place, target in enumerate(targets):
+                if told is not None:
+                    alone = {**extra, **told[place]}
+                    update = Update(round, hop, Packed(own.payload), weight, alone)
                 await peer.send(PeerId(target), update)
             return
         vectors = await self.adversary.craft(peer, round, hop, own.current, targets)  # type: ignore[arg-type]
         last: Vector | None = None
-        for target in targets:
+        for place, target in enumerate(targets):
             vector = vectors[target]
             if vector is not last:
                 own.payload, _, _ = phases.encode(vector, own.codec, own.key, self.method, hop)
                 last = vector
-            await peer.send(PeerId(target), Update(round, hop, Packed(own.payload), weight, extra))
+            alone = extra if told is None else {**extra, **told[place]}
+            await peer.send(PeerId(target), Update(round, hop, Packed(own.payload), weight, alone))
+
+    async def _told(
+        self, peer: Peer, own: _Own, targets: tuple[int, ...], round: int
+    ) -> list[dict[str, Tensor]]:
+        """What each target is told by itself."""
+        to = own.there(torch.tensor(targets or (-1,), device="cpu"))
+        said = await peer.compute(
+            phases.address, own.state, to, own.id, own.shard, own.key, static=(self.method, round),
+            cost=_FREE,
+        )  # fmt: skip
+        if peer.id in self.method.byzantine:
+            said = phases.misaddressed(said, own.state, self.method)
+        own.untold = {name: torch.zeros_like(value[0]) for name, value in said.items()}
+        return [{name: value[place] for name, value in said.items()} for place in range(len(to))]
 
     async def _hear(
         self, peer: Peer, own: _Own, wave: Wave, round: int, hop: int, hops: int
@@ -233,11 +253,18 @@ class Rounds:
             numbers = [0.0 if w is None else float(w) for w in weights]
             taught = own.there(torch.tensor(numbers, dtype=torch.float64, device="cpu"))
         extras = [own.extra, *[{} if u is None else own.there(u.extra) for u in slots]]
-        like = next((extra for extra in extras if extra), None)
-        if like is None:
+        like = {name: value for extra in reversed(extras) for name, value in extra.items()}
+        if like or own.untold:
+            silent = {name: torch.zeros_like(value) for name, value in like.items()}
+            extras = [{**own.untold, **silent, **extra} for extra in extras]
+        elif not method.names_sources:
             return payloads, mask, mixing, taught, ()
-        silent = {name: torch.zeros_like(value) for name, value in like.items()}
-        return payloads, mask, mixing, taught, tuple(extra or silent for extra in extras)
+        if method.names_sources:
+            sources = wave.sources[peer.id]
+            named = [s if u is not None else -1 for s, u in zip(sources, slots, strict=True)]
+            ids = own.there(torch.tensor([peer.id, *named], device="cpu"))
+            extras = [{**e, "source": i} for e, i in zip(extras, ids.unbind(), strict=True)]
+        return payloads, mask, mixing, taught, tuple(extras)
 
     def _open(self, update: Update) -> Payload:
         content = update.payload.content
@@ -266,12 +293,15 @@ class _Own:
         self.peer = peer
         self.device = method.initial.device
         self.shard = method.shard(peer.id)
+        self.id = self.there(torch.tensor(peer.id, device="cpu"))
         initial = method.start(peer.id)
         self.state = strategy.init(initial)
         self.codec = method.transform.init(initial)
         self.hub_state = strategy.init(initial)
         self.weight: Tensor | None = None
         self.extra: Mapping[str, Tensor] = {}
+        self.untold: Mapping[str, Tensor] = {}
+        """zeros in the form of what single receivers are told"""
         self.method = method
         done = peer.store.get("round")
         stored = -1

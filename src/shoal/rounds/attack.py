@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import ClassVar, Protocol
 
+from torch import Tensor
+
 from shoal.rounds.task import Shard, Task
 from shoal.tensor.types import Key, Stack
 
@@ -39,6 +41,19 @@ class View:
     rule: Callable[[Stack], Stack] | None = None
 
 
+@dataclass(frozen=True)
+class Aim:
+    """What a targeted attack wants of honest models: samples of class `source` taken for `target`.
+
+    source: None = samples of any class but the target; trigger: what the attacker does to samples
+    [..., *features] to have them taken for the target, None = nothing.
+    """
+
+    target: int
+    source: int | None = None
+    trigger: Callable[[Tensor], Tensor] | None = None
+
+
 class Attack(Protocol):
     """Numbers in place of work: View -> [..., byzantine, dim].
 
@@ -54,3 +69,9 @@ class Attack(Protocol):
     def poison(self, task: Task, shard: Shard, key: Key) -> Shard:
         """A Byzantine peer's data before it trains (label flip, backdoor); default: unchanged."""
         ...
+
+    # Optional: own_data = True, on the class: `poison` gives a peer samples of the adversary's.
+    # Optional: aim() -> Aim. What a targeted attack wants; `attack_success` measures it.
+    # Optional: tells(said, state) -> dict. What Byzantine peers say to single receivers beside
+    # their vector, in place of what the strategy has them say (`Strategy.address`): name ->
+    # [..., t, *], with the strategy's state of each. Without it they say the truth.

@@ -10,7 +10,7 @@ role `measure`) are taken once, of the mean model of the last round, unless they
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -25,9 +25,12 @@ class ModelMeasure(Protocol):
     """What is worth knowing about one model, such as its flatness.
 
     With `each = True` on the class it is taken whenever models are evaluated, not at the end alone.
+    With `of_peers = True` it is taken then of each evaluated peer's own model in place of the mean
+    one: parameters [..., dim] give tensors [...]. Optional: bind(attack) -> the measure for the
+    scenario's attack.
     """
 
-    def __call__(self, task: Task, params: Vector) -> Mapping[str, float]:
+    def __call__(self, task: Task, params: Vector) -> Mapping[str, Any]:
         """Numbers by name for parameters [dim]."""
         ...
 
@@ -44,8 +47,9 @@ class Measure:
         evaluated: int | None = None, of_mean: Sequence[ModelMeasure] = (),
     ) -> None:  # fmt: skip
         self.task = task
+        self._of_peers = tuple(m for m in of_mean if getattr(m, "of_peers", False))
         self._each = tuple(m for m in of_mean if getattr(m, "each", False))
-        self._final = tuple(m for m in of_mean if m not in self._each)
+        self._final = tuple(m for m in of_mean if m not in (*self._each, *self._of_peers))
         self.last: tuple[int, float, Tensor] | None = None
         """round, time and mean model of the round that was closed last"""
         honest = [p for p in range(task.peers) if p not in set(byzantine)]
@@ -133,7 +137,9 @@ class Measure:
         needed = sorted({place[p] for p in chosen})
         row_of = {index: i for i, index in enumerate(needed)}
         index = torch.tensor(needed, device="cpu").to(stack.device, non_blocking=True)
-        values = self.task.evaluate(stack[index])
+        values = dict(self.task.evaluate(stack[index]))
+        for measure in self._of_peers:
+            values |= measure(self.task, stack[index])
         columns = torch.stack([column.double() for column in values.values()]).tolist()
         for name, column in zip(values, columns, strict=True):
             self.taken.extend(

@@ -89,6 +89,9 @@ class Method:
                 f"the task has data for {self.task.peers} peers and the exchange joins {peers} "
                 "(give both the same number of peers)"
             )
+        fitted = getattr(self.strategy, "fitted", None)
+        if fitted is not None:
+            object.__setattr__(self, "strategy", fitted(self.task.spec, peers))
         if self.rounds < 1 or not self.round_s > 0:
             raise UsageError(
                 f"rounds={self.rounds}, round_s={self.round_s}; need at least one round of "
@@ -103,6 +106,12 @@ class Method:
             raise UsageError(
                 f"{type(self.strategy).__name__} pushes shares to equals, once a round; "
                 f"{type(self.exchange).__name__} has a hub or several waves (set exchange = "
+                "'gossip', with steps = 1)"
+            )
+        if self.addresses and (self.exchange.hub is not None or len(self.waves(0)) != 1):
+            raise UsageError(
+                f"{type(self.strategy).__name__} says something else to each neighbour, once a "
+                f"round; {type(self.exchange).__name__} has a hub or several waves (set exchange = "
                 "'gossip', with steps = 1)"
             )
         if self.byzantine and self.attack is None:
@@ -125,6 +134,18 @@ class Method:
     def pushes(self) -> bool:
         """Whether senders divide what they have among those who hear them, themselves included."""
         return self.combines and bool(getattr(self.strategy, "pushes", False))
+
+    @cached_property
+    def addresses(self) -> bool:
+        """Whether the strategy says something to single receivers."""
+        return self.combines and hasattr(self.strategy, "address")
+
+    @cached_property
+    def names_sources(self) -> bool:
+        """Whether the strategy is told who sent each row."""
+        return self.addresses or (
+            self.combines and bool(getattr(self.strategy, "names_sources", False))
+        )
 
     @cached_property
     def initial(self) -> Vector:
@@ -311,6 +332,20 @@ def work(
     state, vector, weight, extra = local(state, shard, key, method, round)
     payload, codec, sent = encode(vector, codec, key, method, 0)
     return state, codec, payload, sent, weight, extra
+
+
+def address(
+    state: Any, to: Tensor, own: Tensor, shard: Shard, key: Key, method: Method, round: int
+) -> dict[str, Tensor]:
+    """strategy.address: what each of the receivers [..., t] is told by itself, [..., t, *]."""
+    step = _step(shard, key, method, round, own=own)
+    return dict(method.strategy.address(state, to, step))  # type: ignore[attr-defined]
+
+
+def misaddressed(said: Mapping[str, Tensor], state: Any, method: Method) -> dict[str, Tensor]:
+    """What Byzantine peers say to single receivers in place of that."""
+    tells = getattr(method.attack, "tells", None)
+    return dict(said) if tells is None else dict(tells(said, state))
 
 
 def down(state: Any, method: Method) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from shoal.rounds.task import Shard, Task
-from shoal.tensor.types import Key, Mask, Scalar, Vector
+from shoal.tensor.types import Index, Key, Mask, Scalar, Vector
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Step:
     round: the same for all rows; shard, key, active: one per row; sent: this round's own payload
     after encode and decode, [..., dim] (only in `combine` and `apply`; CHOCO and EF21 need it);
     given: what came down with a hub's parameters (only in `adopt`; see `Strategy.down`);
-    peers: how many the run has.
+    peers: how many the run has; own: the peers' own ids [...] (only in `address`).
     """
 
     round: int
@@ -34,6 +34,7 @@ class Step:
     sent: Vector | None = None
     given: Mapping[str, Tensor] = field(default_factory=dict)
     peers: int = 1
+    own: Index | None = None
 
 
 @dataclass(frozen=True)
@@ -97,5 +98,14 @@ class Strategy(Protocol):
     # among itself and those who hear it: share [..., k + 1] are the senders' portions, which sum
     # to 1 over a sender's receivers instead of a receiver's senders. What is lost on the way is
     # lost. One wave a round, without a hub.
+    # Optional: address(state, to, step) -> dict of name -> [..., t, *]. What single receivers `to`
+    # [..., t] (ids, -1 = nobody) get beside the parcel, each its own; said after `local`, of what
+    # the peer knew then. It arrives in `combine`, which must be there, as extra of these names
+    # (zeros in the own row). One wave a round, without a hub. It takes no virtual time.
+    # Optional: names_sources = True, on the class, with a `combine`; with an `address` always.
+    # extra["source"] int64 [..., k + 1] is then who sent each row, as the transport knows it: the
+    # own id first, -1 where nothing was heard.
+    # Optional: fitted(spec, peers) -> the strategy for parameters of this layout in a run of so
+    # many peers, for methods that keep something of each. Equal arguments, the same object.
     # Optional: report(state) -> dict of name -> [...]. Numbers of a peer's own, recorded with its
     # parameters in every engine; peers of a hub have nothing to report.

@@ -24,6 +24,8 @@ class Shard:
     until: int64 [...]: the round from which on a peer's samples are lost, or None (never).
     held: int64 [..., kept]: samples that a peer keeps to test models on and does not train on,
     padded with -1; or None (nobody keeps any).
+    inputs: [..., most, *features] in place of the task's own samples (poisoned data), or None;
+    tasks made of a module take them.
     """
 
     index: Index
@@ -31,6 +33,7 @@ class Shard:
     labels: Tensor | None = None
     until: Tensor | None = None
     held: Index | None = None
+    inputs: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ def check_attack(attack: Attack, *, task: Task | None = None, dim: int = 6, seed
     Checked: shapes, dtypes, devices and untouched inputs; worlds stacked along leading axes equal
     single ones; the same key gives the same numbers; the rule in force is asked at most 8 times;
     one honest peer and one Byzantine peer are enough; and with a task, that `poison` keeps the
-    shard's samples, is batched over peers, and leaves the given shard alone.
+    shard's samples (unless the attack says `own_data`), is batched over peers, and leaves the given
+    shard alone.
     """
     key = keyed.grid(keyed.key_of(seed, "check_attack"), 3)
     for honest, byzantine in ((7, 2), (1, 1)):
@@ -95,8 +96,9 @@ def _check_poison(attack: Attack, task: Task, key: Key) -> None:
     shard = task.shard(peers)
     labels = None if shard.labels is None else shard.labels.clone()
     out = attack.poison(task, shard, key.expand(peers.shape))
-    assert torch.equal(out.index, shard.index), "attack: poison chose other samples"
-    assert torch.equal(out.size, shard.size), "attack: poison changed the number of samples"
+    if not getattr(attack, "own_data", False):
+        assert torch.equal(out.index, shard.index), "attack: poison chose other samples"
+        assert torch.equal(out.size, shard.size), "attack: poison changed the number of samples"
     if labels is not None and shard.labels is not None:
         assert torch.equal(shard.labels, labels), "attack: poison wrote to the given shard"
     for i in range(len(peers)):
@@ -104,9 +106,12 @@ def _check_poison(attack: Attack, task: Task, key: Key) -> None:
             shard.index[i], shard.size[i], None if shard.labels is None else shard.labels[i]
         )
         one = attack.poison(task, alone, key)
-        assert (one.labels is None) == (out.labels is None), "attack: poison depends on stacking"
-        if one.labels is not None and out.labels is not None:
-            _same(out.labels[i], one.labels, "a poisoned shard among others differs from one alone")
+        _same(out.index[i], one.index, "samples chosen among others differ from those alone")
+        for name in ("labels", "inputs"):
+            mine, whole = getattr(one, name), getattr(out, name)
+            assert (mine is None) == (whole is None), "attack: poison depends on stacking"
+            if mine is not None:
+                _same(whole[i], mine, "a poisoned shard among others differs from one alone")
 
 
 def _same(actual: Tensor, expected: Tensor, what: str) -> None:

@@ -267,15 +267,18 @@ class Lockstep:
                 size = payload.size_bytes()
             size = size.cpu()
             outgoing, special = self._attacked(current, codec, keys, round, hop)
-            frame = size_of(_update(round, hop, work.weight, extra)) + ((size + 7) & ~7)
             slots = [w.slots(hop, wave[hop]) for w, wave in zip(worlds, waves, strict=True)]
+            told = self._told(slots, work.state, keys, round) if self.shared.addresses else {}
+            everything = {**extra, **{name: value[:, 0] for name, value in told.items()}}
+            frame = size_of(_update(round, hop, work.weight, everything)) + ((size + 7) & ~7)
             masks = [
                 w.exchange(hop, hops, s, frame[w.rows]) for w, s in zip(worlds, slots, strict=True)
             ]
             mesh = self._mesh(hop, slots, masks, [wave[hop] for wave in waves])
             heard = self._combine(
-                mesh, current, outgoing, special, work, extra, keys, round, last=hop == hops - 1
-            )
+                mesh, current, outgoing, special, work, extra, told, keys, round,
+                last=hop == hops - 1,
+            )  # fmt: skip
             current, extra = heard.vector, heard.extra
         self._conclude(work, codec, heard, keys, round)
         numbers = {} if self.hub is not None else phases.report(self.state, self.shared)
@@ -447,7 +450,8 @@ class Lockstep:
 
     def _combine(
         self, mesh: _Mesh, current: Tensor, outgoing: Tensor, special: list[_Lies],
-        work: _Work, extra: Mapping[str, Tensor], keys: Tensor, round: int, *, last: bool,
+        work: _Work, extra: Mapping[str, Tensor], told: Mapping[str, Tensor], keys: Tensor,
+        round: int, *, last: bool,
     ) -> Heard:  # fmt: skip
         """phases.combine for all receivers; rows that receive nothing keep their own vector.
 
@@ -466,7 +470,7 @@ class Lockstep:
                 mixed = self.own_mix(matrix, current, current)
                 return Heard(mixed, mask.sum(-1), {})
             return self._own_combine(
-                mesh, mask, share, current, outgoing, special, work, extra, keys, round
+                mesh, mask, share, current, outgoing, special, work, extra, told, keys, round
             )
         vector = self._aggregate(mesh, mask, share, current, outgoing, special)
         portion = phases.shares(mask, share)
@@ -560,7 +564,8 @@ class Lockstep:
 
     def _own_combine(
         self, mesh: _Mesh, mask: Tensor, share: Tensor | None, current: Tensor, outgoing: Tensor,
-        special: list[_Lies], work: _Work, extra: Mapping[str, Tensor], keys: Tensor, round: int,
+        special: list[_Lies], work: _Work, extra: Mapping[str, Tensor], told: Mapping[str, Tensor],
+        keys: Tensor, round: int,
     ) -> Heard:  # fmt: skip
         """strategy.combine for all receivers: a row for each peer, or for each hub."""
         every = torch.arange(len(mesh.receiver))
@@ -576,7 +581,10 @@ class Lockstep:
             pieces.append(
                 phases.own_combine(
                     state, x, mask[part], None if share is None else share[part],
-                    {name: value[columns] for name, value in extra.items()},
+                    {
+                        **{name: value[columns] for name, value in extra.items()},
+                        **self._by_source(mesh, part, columns, told),
+                    },
                     work.sent[receiver], shard, keys[receiver], self.shared, round,
                 )
             )  # fmt: skip
@@ -587,6 +595,39 @@ class Lockstep:
             f"{type(self.first.strategy).__name__} combines what it hears by itself; it needs an "
             "exchange in which every peer receives, or a hub"
         )
+
+    def _told(self, slots: list[Slots], state: Any, keys: Tensor, round: int) -> dict[str, Tensor]:
+        """What each peer tells each of its targets by itself: [rows, targets, *]."""
+        most = max(s.targets.shape[1] for s in slots)
+        pad = torch.nn.functional.pad
+        to = torch.cat([pad(s.targets, (0, most - s.targets.shape[1]), value=-1) for s in slots])
+        own = self.peers_there.repeat(len(self.worlds))
+        said = phases.address(state, self._there(to), own, self.everyone, keys, self.shared, round)
+        liars = [
+            torch.tensor(w.method.byzantine, dtype=torch.int64) + w.offset for w in self.worlds
+        ]
+        rows = self._there(torch.cat(liars))
+        if not len(rows):
+            return said
+        truth, known = tree.select(said, rows), tree.select(state, rows)
+        lies = phases.misaddressed(truth, known, self.shared)
+        return {name: value.index_copy(0, rows, lies[name]) for name, value in said.items()}
+
+    def _by_source(
+        self, mesh: _Mesh, part: Tensor, columns: Tensor, told: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Who sent the rows of some receivers, and what each was told by itself: [.., k + 1, *]."""
+        if not self.shared.names_sources:
+            return {}
+        found = {}
+        for name, value in told.items():
+            heard = value[mesh.source[part], mesh.rank[part]]
+            found[name] = torch.cat((torch.zeros_like(heard[:, :1]), heard), 1)
+            if not heard.shape[1]:
+                found[name] = value.new_zeros((len(part), 1, *value.shape[2:]))
+        source = torch.where(mesh.mask[part], columns % self.first.peers, -1)
+        source[:, 0] = columns[:, 0] % self.first.peers
+        return {**found, "source": source}
 
     def _conclude(self, work: _Work, codec: Any, heard: Heard, keys: Tensor, round: int) -> None:
         """strategy.apply, kept by the rows that lived to the end of the round."""
@@ -702,6 +743,7 @@ class _Mesh:
         pairs = list(zip(engine.worlds, slots, strict=True))
         self.receiver_here = torch.cat([s.receiver + w.offset for w, s in pairs])
         self.source_here = torch.cat([wide(s.source) + w.offset for w, s in pairs])
+        self.rank = engine._there(torch.cat([wide(s.rank) for _, s in pairs]))
         self.receiver = engine._there(self.receiver_here)
         self.source = engine._there(self.source_here)
         self.to_hubs = engine.hub is not None and torch.equal(self.receiver_here, engine.hub_rows)

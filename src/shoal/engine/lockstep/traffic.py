@@ -98,6 +98,15 @@ class Slots:
     fan_out: Tensor
     """[peers]: how many messages each peer sends"""
 
+    @cached_property
+    def targets(self) -> Tensor:
+        """To whom each peer sends, in that order: [peers, most], padded with -1."""
+        most = int(self.fan_out.max()) if len(self.fan_out) else 0
+        table = torch.full((len(self.fan_out), max(1, most)), -1, device="cpu")
+        receiver = self.receiver.unsqueeze(-1).expand_as(self.source)
+        table[self.source[self.exists], self.rank[self.exists]] = receiver[self.exists]
+        return table
+
     @classmethod
     def of(cls, hop: Hop, active: Tensor, hub: int | None) -> Slots:
         peers = len(active)

@@ -167,9 +167,7 @@ class ModuleTask:
             kept = [share.held for share in shares if share.held is not None]
             most = max(part.shape[-1] for part in kept)
             held = torch.cat([_wider(part, most, -1) for part in kept])
-        vars(out).update(
-            shares=Shard(index, size, labels, until, held), peers=int(size.shape[0])
-        )
+        vars(out).update(shares=Shard(index, size, labels, until, held), peers=int(size.shape[0]))
         return out
 
     def _shares_with(self, other: ModuleTask) -> bool:
@@ -202,7 +200,10 @@ class ModuleTask:
     def _take(self, shard: Shard, place: Index, mask: Mask) -> Batch:
         index = shard.index.expand(*place.shape[:-1], -1).gather(-1, place)
         flat = index.reshape(-1)
-        x = self.x.index_select(0, flat).view(*index.shape, *self.x.shape[1:])
+        if shard.inputs is None:
+            x = self.x.index_select(0, flat).view(*index.shape, *self.x.shape[1:])
+        else:
+            x = _gather_labels(shard.inputs, place)
         if shard.labels is None:
             y = self.y.index_select(0, flat).view(*index.shape, *self.y.shape[1:])
         else:
