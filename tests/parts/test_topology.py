@@ -402,3 +402,29 @@ def test_same_graph_in_another_process() -> None:
         for example in find("topology", name).examples
     ]
     assert out.stdout.splitlines() == here
+
+
+def test_one_target_is_one_and_comes_round() -> None:
+    turns = find("topology", "one_target")(7, choice="turns")
+    for round in range(6):
+        assert [turns.neighbors(i, round) for i in range(7)] == [
+            ((i + 1 + round) % 7,) for i in range(7)
+        ]
+    assert turns.neighbors(3, 6) == turns.neighbors(3, 0)
+    heard = {source for round in range(6) for source in turns.sources(round)[0][2].tolist()}
+    assert heard == set(range(7)) - {2}
+    ring = find("topology", "one_target")(5, choice="ring")
+    assert [ring.neighbors(i, 9) for i in range(5)] == [(1,), (2,), (3,), (4,), (0,)]
+
+
+def test_one_random_target_is_uniform_and_keyed() -> None:
+    drawn = find("topology", "one_target")(6, seed=4)
+    targets = np.array([[drawn.neighbors(i, r) for i in range(6)] for r in range(400)])[..., 0]
+    assert (targets != np.arange(6)).all()
+    for peer in range(6):
+        counts = np.delete(np.bincount(targets[:, peer], minlength=6), peer)
+        assert counts.min() > 50
+    other = find("topology", "one_target")(6, seed=5)
+    assert any(drawn.neighbors(i, 0) != other.neighbors(i, 0) for i in range(6))
+    with pytest.raises(UsageError, match="choice='both'"):
+        find("topology", "one_target")(6, choice="both")
