@@ -44,6 +44,7 @@ TORCH_ANYWAY = {"wire.tensors": "turns tensors into bytes; loaded with the first
 PARTS_EDGES = {
     ("strategy", "optimise"): "a strategy's default optimiser is SGD",
     ("strategy", "privacy"): "private momentum draws records as its accountant assumes",
+    ("transform", "privacy"): "discrete noise comes from the exact sampler",
     ("strategy", "aggregate"): "one of private momentum's rules adds its noise to a median",
     ("asynchronous", "optimise"): "clients of asynchronous servers make steps of SGD",
     ("tasks", "models"): "a data set builds its model, and the task compiles it",

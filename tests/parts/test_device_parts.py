@@ -104,6 +104,9 @@ def test_linear_rules_take_sparse_weights() -> None:
 
 # Transforms.
 
+LOOKS_OF_CODECS = {"discrete_gaussian": 2}
+"""Exact draws are made on the processor: its keys go there, once for each message."""
+
 
 @pytest.mark.parametrize(("name", "settings"), examples("transform"))
 def test_transforms(name: str, settings: dict[str, Any]) -> None:
@@ -118,7 +121,7 @@ def test_transforms(name: str, settings: dict[str, Any]) -> None:
         return first, second, state, bound.decode(first), bound.decode(second)
 
     used = check_device(two_rounds, x, keyed.grid(keyed.key_of(3), 3))
-    assert not used.waits
+    assert used.waits.total() <= LOOKS_OF_CODECS.get(name, 0), used.waits
 
 
 @pytest.mark.parametrize(("name", "settings"), examples("transform"))

@@ -16,7 +16,6 @@ from shoal.parts.privacy.momentum_accountant import (
     momentum_noise,
     momentum_renyi,
 )
-
 from shoal.parts.privacy.sampled_gaussian import sampled_gaussian_renyi
 
 WHOLE = tuple(float(order) for order in range(2, 129))
