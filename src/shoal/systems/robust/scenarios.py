@@ -9,6 +9,15 @@ SCENARIOS = {
         task={"name": "digits", "split": "dirichlet", "alpha": 1.0, "hidden": [32]},
         attack={"name": "alie", "factor": "search"}, exchange={"name": "first_come"},
     ),
+    # 40 peers on a random graph with very unequal label mixes of real 8x8 digits and a linear model;
+    # Sybils come with the arms, and what they want is measured with and without them.
+    "digits_sybils": Scenario(
+        name="robust.digits_sybils", peers=40, rounds=30, eval_every=10,
+        measures=("attack_success",), attack={"name": "sybils"},
+        task={"name": "digits", "split": "dirichlet", "alpha": 0.1, "hidden": []},
+        topology={"name": "random_regular", "degree": 5},
+        links={"name": "links", "latency_s": 0.02}, device={"name": "device", "flops_per_s": 1e8},
+    ),
     # A parameter server (peer 0) and 15 workers with equal shares of real 8x8 digits, three of
     # which send noise in place of gradients.
     "digits_server": Scenario(
