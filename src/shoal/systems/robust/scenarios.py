@@ -9,6 +9,13 @@ SCENARIOS = {
         task={"name": "digits", "split": "dirichlet", "alpha": 1.0, "hidden": [32]},
         attack={"name": "alie", "factor": "search"}, exchange={"name": "first_come"},
     ),
+    # 20 peers with 60 real 8x8 digits each, who learn an output layer on features that were learned
+    # on letters; everybody sends to everybody. Without attackers.
+    "digits_transfer": Scenario(
+        name="robust.digits_transfer", peers=20, rounds=30, eval_every=5,
+        task={"name": "transfer_digits"}, topology={"name": "full"},
+        exchange={"name": "gossip", "weighted": False},
+    ),
     # 40 peers on a random graph with very unequal label mixes of real 8x8 digits and a linear model;
     # Sybils come with the arms, and what they want is measured with and without them.
     "digits_sybils": Scenario(
