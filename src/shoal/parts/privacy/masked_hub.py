@@ -8,7 +8,7 @@ Wrong shares are found: an opened secret must fit what its owner advertised. Up 
 (shares - threshold) / 2 of them are corrected, and their holders named. A peer whose shares fit
 nothing is named, and the sum of that round is lost.
 
-Bonawitz et al. 2017, figure 4; Bell et al. 2020, algorithm 2 (doi 10.1145/3372297.3417885).
+Bonawitz et al. 2017, figure 4; Bell et al. 2020, section 3 (doi 10.1145/3372297.3417885).
 """
 
 from __future__ import annotations

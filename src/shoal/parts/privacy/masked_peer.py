@@ -8,7 +8,7 @@
 
 Nothing here waits or sends; a program carries it (see `secure_rounds`), a bench calls it.
 
-Bonawitz et al. 2017, figure 4; Bell et al. 2020, algorithm 2 (doi 10.1145/3372297.3417885).
+Bonawitz et al. 2017, figure 4; Bell et al. 2020, section 3 (doi 10.1145/3372297.3417885).
 """
 
 from __future__ import annotations
