@@ -285,3 +285,18 @@ def test_another_run_begins_anew() -> None:
     other = scheme.again()
     assert other.plan(1)[0][0].job == 1
     assert not other.decodable(1)
+
+
+def test_replication_needs_one_of_each_group() -> None:
+    scheme = SequentialScheme.replicated(6, 3, jobs=2)
+    assert (scheme.load, scheme.delay, scheme.name) == (0.5, 0, "replicated(3 copies)")
+    assert scheme.must_wait(1, {0, 1, 2}), "nobody of the second group"
+    # Four are late, of whom gradient coding with the same load tolerates two.
+    assert not scheme.must_wait(1, {2, 4})
+    assert SequentialScheme.gc(6, 2, jobs=2).must_wait(1, {2, 4})
+    scheme.observe(1, {2, 4})
+    weights = {worker: weight for worker, _, weight in scheme.recipe(1) or []}
+    assert weights == pytest.approx({2: 1.0, 4: 1.0})
+    assert SequentialScheme.replicated(6, 1, jobs=1).name == "uncoded"
+    with pytest.raises(UsageError, match=r"s \+ 1 must divide"):
+        SequentialScheme.replicated(6, 4, jobs=1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,11 @@ from shoal.lab.build import build
 from shoal.lab.launch import launch
 from shoal.parts.coding.sequential_scheme import SequentialScheme
 from shoal.parts.coding.straggler_trace import StragglerTrace
+from shoal.systems.coding._sequential_invariants import INVARIANTS
 from shoal.systems.coding._sequential_work import Chunked
 from shoal.systems.coding.sequential_gradient_coding import Sequential
 from shoal.systems.coding.sequential_gradient_traces import sequential_gradient_traces
-from shoal.world.record import Run
+from shoal.world.record import Row, Run
 
 WORLD = shoal.Scenario(
     peers=7, rounds=8, seconds=10_000.0, eval_every=4, eval_peers=1,
@@ -142,3 +145,68 @@ def test_recorded_delays_are_read(tmp_path: Path) -> None:
         sequential_gradient_traces(shoal.Scenario(peers=5, rounds=3), **settings)
     with pytest.raises(UsageError, match="record more"):
         sequential_gradient_traces(shoal.Scenario(peers=24, rounds=60), **settings)
+
+
+def test_replication_learns_the_same_and_tolerates_its_groups() -> None:
+    settings: dict[str, Any] = {
+        "stationary": 0.15,
+        "models": 3,
+        "retry_s": 12.0,
+        "patience_s": 40.0,
+    }
+    found = launch(Sequential(scheme="replicated", stragglers=1, **settings), WORLD, seed=1)
+    assert values(found, "job_loss") == pytest.approx(values(run("gc"), "job_loss"), rel=1e-8)
+    assert max(values(found, "gradient_error")) < 1e-10
+    with pytest.raises(UsageError, match=r"s \+ 1 must divide"):
+        launch(Sequential(scheme="replicated", stragglers=3, **settings), WORLD, seed=1)
+
+
+def test_the_worst_stragglers_cost_the_schemes_without_delay_more() -> None:
+    found = sequential_gradient_traces(DELAYS, kind="adversarial", mean_burst=1.0, max_delay=2)
+    told = {row.name: row.value for row in found.rows}
+    assert told["slow_share"] == pytest.approx(4 / 24 / 3, rel=0.1)
+    assert told["undecoded"] == 0.0
+    at_once = min(told[f"{family}_s"] for family in ("uncoded", "replicated", "gc"))
+    assert told["m_sgc_s"] < at_once
+    # Whole groups are late together: replication waits, or has more copies than are late.
+    assert told["replicated_waits"] > 0.2 or told["replicated_load"] > 4 / 24
+    assert told["m_sgc_waits"] == 0.0
+
+
+FAULTS = [
+    {"kind": "crash", "who": [0], "at": 14.0, "until": 16.0},
+    {"kind": "loss", "who": [2], "at": 0.0, "probability": 0.3},
+]
+
+
+def test_what_every_run_keeps_is_kept_and_can_be_broken() -> None:
+    calm, struck = run("m"), run("m", faults=FAULTS)
+    for invariant in INVARIANTS:
+        assert invariant(calm) is None
+        assert invariant(struck) is None
+
+    def broken(name: str, change: Callable[[Row], Row | None]) -> list[str]:
+        rows = [change(row) if row.name == name else row for row in calm.rows]
+        other = replace(calm, rows=[row for row in rows if row is not None])
+        return [each.__name__ for each in INVARIANTS if each(other) is not None]
+
+    def third(row: Row) -> bool:
+        return ("job", "3") in row.labels
+
+    assert broken("gradient_error", lambda row: replace(row, value=1e-6)) == ["gradients_are_exact"]
+    assert broken("job_delay", lambda row: replace(row, value=3.0)) == ["jobs_are_in_time"]
+    assert broken("load", lambda row: replace(row, value=0.9)) == ["nobody_does_more_than_the_load"]
+    assert broken("job_loss", lambda row: None if third(row) else row) == [
+        "jobs_are_applied_in_order", "who_ends_has_done_all",
+    ]  # fmt: skip
+    again = replace(
+        calm, rows=[*calm.rows, *(row for row in calm.series("job_loss") if third(row))]
+    )
+    assert [each.__name__ for each in INVARIANTS if each(again)] == ["jobs_are_applied_in_order"]
+
+
+def test_a_master_that_lost_its_store_gets_no_work_for_its_former_life() -> None:
+    crash = {"kind": "crash", "who": [0], "at": 14.0, "until": 14.0005, "store": "lost"}
+    found = run("m", faults=[crash])
+    assert len(values(found, "job_loss")) > 8, "it begins at the first job again"
+    assert [each(found) for each in INVARIANTS] == [None] * len(INVARIANTS)

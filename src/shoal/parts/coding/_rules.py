@@ -11,7 +11,14 @@ from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Protocol
 
-from shoal.parts.coding._tolerance import AllButOne, AtMost, Bursty, Repeating, Tolerance
+from shoal.parts.coding._tolerance import (
+    AllButOne,
+    AtMost,
+    Bursty,
+    Covered,
+    Repeating,
+    Tolerance,
+)
 from shoal.parts.coding.gradient_code import GradientCode
 
 
@@ -82,7 +89,8 @@ class Rule(Protocol):
 
 @dataclass(frozen=True)
 class Coded:
-    """Gradient coding in every round; without spare workers it is uncoded."""
+    """Gradient coding in every round; without spare workers uncoded, with a fractional code
+    replication."""
 
     code: GradientCode
     waits: bool = True
@@ -91,7 +99,11 @@ class Coded:
     def name(self) -> str:
         if not self.waits:
             return "ignoring"
-        return f"gc(s={self.code.stragglers})" if self.code.stragglers else "uncoded"
+        if not self.code.stragglers:
+            return "uncoded"
+        if self.code.kind == "fractional":
+            return f"replicated({self.code.stragglers + 1} copies)"
+        return f"gc(s={self.code.stragglers})"
 
     @property
     def workers(self) -> int:
@@ -116,7 +128,11 @@ class Coded:
         return coded_task(self.code, job, worker)
 
     def tolerance(self, jobs: int) -> Tolerance:
-        return AtMost(self.code.stragglers) if self.waits else AllButOne(self.workers)
+        if not self.waits:
+            return AllButOne(self.workers)
+        if self.code.kind == "fractional":
+            return Covered(self.workers, self.code.stragglers + 1)
+        return AtMost(self.code.stragglers)
 
     def tasks(self, round: int, jobs: int, record: Record) -> Tasks:
         if round > jobs:

@@ -48,6 +48,20 @@ class AtMost:
         pass
 
 
+class Covered:
+    """Groups of `copies` neighbouring workers do the same: of each somebody must be there."""
+
+    def __init__(self, workers: int, copies: int) -> None:
+        group = (1 << copies) - 1
+        self._groups = [group << first for first in range(0, workers, copies)]
+
+    def admits(self, late: int) -> bool:
+        return all(late & group != group for group in self._groups)
+
+    def advance(self, late: int) -> None:
+        pass
+
+
 class Bursty:
     """The (B, W, lambda)-bursty model: see `admits`."""
 

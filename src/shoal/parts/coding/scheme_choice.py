@@ -18,8 +18,8 @@ from shoal.base.errors import UsageError
 from shoal.parts.coding.delay_profile import DelayProfile
 from shoal.parts.coding.sequential_scheme import SequentialScheme, spare
 
-Family = Literal["uncoded", "gc", "sr_sgc", "m_sgc"]
-FAMILIES: tuple[Family, ...] = ("uncoded", "gc", "sr_sgc", "m_sgc")
+Family = Literal["uncoded", "replicated", "gc", "sr_sgc", "m_sgc"]
+FAMILIES: tuple[Family, ...] = ("uncoded", "replicated", "gc", "sr_sgc", "m_sgc")
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,12 @@ def candidates(
     most = max(1, workers // 2) if most is None else min(most, workers)
     if "uncoded" in families:
         yield SequentialScheme.uncoded(workers, jobs=jobs)
+    if "replicated" in families:
+        # One copy is uncoded, which is there already unless it was not asked for.
+        first = 2 if "uncoded" in families else 1
+        for copies in range(first, min(most + 1, workers) + 1):
+            if workers % copies == 0:
+                yield SequentialScheme.replicated(workers, copies, jobs=jobs)
     if "gc" in families:
         for stragglers in range(1, min(most, workers - 1) + 1):
             yield SequentialScheme.gc(workers, stragglers, jobs=jobs)

@@ -74,6 +74,17 @@ class SequentialScheme:
         return cls(Coded(shared_code(_several(workers), 0), waits=False), jobs)
 
     @classmethod
+    def replicated(cls, workers: int, copies: int, *, jobs: int) -> SequentialScheme:
+        """Groups of `copies` workers do the same, one of each group is enough. L = copies / n.
+
+        copies must divide the number of workers.
+
+        >>> SequentialScheme.replicated(6, 2, jobs=1).must_wait(1, finished={0, 3, 4})
+        False
+        """
+        return cls.gc(workers, copies - 1, jobs=jobs, kind="fractional")
+
+    @classmethod
     def gc(
         cls, workers: int, stragglers: int, *, jobs: int, kind: str = "cyclic"
     ) -> SequentialScheme:

@@ -10,8 +10,10 @@ from shoal.lab.rows import Rows
 PUBLISHED = {"uncoded": 0.003906, "gc": 0.0625, "sr_sgc": 0.05078, "m_sgc": 0.007543}
 """Normalised loads of the paper's parameters for 256 workers, to the digits given."""
 DELAYS = {"uncoded": 0, "gc": 0, "sr_sgc": 2, "m_sgc": 1}
-EXACT = ("uncoded", "gc", "sr-sgc", "m-sgc")
+EXACT = ("uncoded", "replicated", "gc", "sr-sgc", "m-sgc")
 """Arms that train with exact gradients."""
+AT_ONCE = ("uncoded", "replicated", "gc")
+"""Families that finish every job in its own round."""
 
 
 def published_loads(rows: Rows) -> dict[int, float]:
@@ -89,6 +91,27 @@ def sr_over_gc_flushed(rows: Rows) -> dict[int, float]:
     return out
 
 
+def m_over_replicated(rows: Rows) -> dict[int, float]:
+    """Total time of the best M-SGC over that of the best replication, bursts of 1.5 rounds."""
+    return _ratio(rows, "bursts", "m_sgc", "replicated")
+
+
+def m_over_best_of_worst_case(rows: Rows) -> dict[int, float]:
+    """Total time of M-SGC over that of the fastest family without delay, worst-case stragglers."""
+    found = [_ratio(rows, "worst case", "m_sgc", family) for family in AT_ONCE]
+    return {seed: max(each[seed] for each in found) for seed in found[0]}
+
+
+def sr_over_gc_worst_case(rows: Rows) -> dict[int, float]:
+    """Total time of SR-SGC over that of gradient coding, worst-case stragglers."""
+    return _ratio(rows, "worst case", "sr_sgc", "gc")
+
+
+def waited(rows: Rows) -> dict[int, float]:
+    """Of the runs of delays the largest share of rounds in which M-SGC waited for everybody."""
+    return _worst(rows, _traced(rows), "m_sgc_waits")
+
+
 def m_over_gc_large(rows: Rows) -> dict[int, float]:
     """Total time of the best M-SGC over that of the best GC, 256 workers and 480 jobs."""
     return _ratio(rows, "paper size", "m_sgc", "gc")
@@ -96,7 +119,7 @@ def m_over_gc_large(rows: Rows) -> dict[int, float]:
 
 def gradient_error(rows: Rows) -> dict[int, float]:
     """The largest relative error of a gradient, all exact arms."""
-    found = [_largest_error(rows, arm) for arm in EXACT]
+    found = [_largest_error(rows, arm) for arm in EXACT if arm in rows.arms]
     return {seed: max(each[seed] for each in found) for seed in rows.seeds}
 
 
@@ -118,7 +141,7 @@ def losses_apart(rows: Rows) -> dict[int, float]:
     """The largest relative difference of a job's loss to that of uncoded training."""
     out = {}
     for seed in rows.seeds:
-        curves = [_losses(rows, arm, seed) for arm in EXACT]
+        curves = [_losses(rows, arm, seed) for arm in EXACT if arm in rows.arms]
         plain = curves[0]
         if any(len(curve) != len(plain) or not curve for curve in curves):
             out[seed] = math.nan
@@ -146,6 +169,11 @@ def trained_over_gc(rows: Rows) -> dict[int, float]:
     return _trained(rows, "m-sgc", "gc")
 
 
+def trained_over_replicated(rows: Rows) -> dict[int, float]:
+    """Virtual time of training with M-SGC over that with replication."""
+    return _trained(rows, "m-sgc", "replicated")
+
+
 def _trained(rows: Rows, over: str, under: str) -> dict[int, float]:
     first, second = rows.per_seed(over, "finished_s"), rows.per_seed(under, "finished_s")
     return {seed: first[seed] / second[seed] for seed in first}
@@ -153,7 +181,7 @@ def _trained(rows: Rows, over: str, under: str) -> dict[int, float]:
 
 # Pictures.
 
-FAMILIES = ("uncoded", "gc", "sr_sgc", "m_sgc", "ignoring", "oracle")
+FAMILIES = ("uncoded", "replicated", "gc", "sr_sgc", "m_sgc", "ignoring", "oracle")
 
 
 def totals(rows: Rows) -> Points:
@@ -180,4 +208,15 @@ def training(rows: Rows) -> Points:
         if run is not None:
             series = [r for r in run.series("job_loss") if ("model", "0") in r.labels]
             out[arm] = [(row.time_s, row.value) for row in series]
+    return out
+
+
+def waits(rows: Rows) -> Points:
+    """Median share of rounds in which all were waited for, by family and kind of delays."""
+    out: dict[str, list[tuple[str, float]]] = {}
+    for family in FAMILIES[:-2]:
+        out[family] = [
+            (arm, _median(list(rows.per_seed(arm, f"{family}_waits").values())))
+            for arm in _traced(rows)
+        ]
     return out

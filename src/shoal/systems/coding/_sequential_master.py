@@ -38,8 +38,11 @@ class Master:
         stored = peer.store.get("models")
         state = peer.store.get("state")
         self.models = program.initial if stored is None else program.workload.there(stored)
-        self.done, self.life = (0, 0) if state is None else (int(state[0]), int(state[1]) + 1)
-        """Jobs that are applied, and how often the master has begun."""
+        self.done, last = (0, -1) if state is None else (int(state[0]), int(state[1]))
+        """Jobs that are applied."""
+        # Not counted alone: a master that lost its store would begin a life that workers know, and
+        # get work for the parameters of that one.
+        self.life = max(last + 1, int(peer.now() * 1e6))
         self.params: dict[int, Tensor] = {}
         self.results: dict[tuple[int, int, int], Tensor] = {}
         self.gone: set[int] = set()
@@ -51,6 +54,7 @@ class Master:
         peer.record("params", self.models[0])
         if self.done < program.jobs:
             scheme = SequentialScheme(program.rule, program.jobs - self.done)
+            self._promise(scheme)
             first = self.done
             for round in range(1, scheme.rounds + 1):
                 peer.enter_round(first + round - 1)
@@ -61,6 +65,13 @@ class Master:
         last = sealed(Assign(self.life, 1 << 40, (), (), (), nothing, True))
         for worker in range(program.rule.workers):
             await peer.send(PeerId(worker + 1), last)
+
+    def _promise(self, scheme: SequentialScheme) -> None:
+        """Say what this life is held to."""
+        self.peer.record(
+            "jobs_planned", self.program.jobs, scheme=scheme.name, delay=str(scheme.delay),
+            load=repr(scheme.load),
+        )  # fmt: skip
 
     # A round.
 
@@ -179,7 +190,8 @@ class Master:
                 exact = full_gradient(start, task)
                 error = float((gradient - exact).norm() / exact.norm())
                 peer.record("gradient_error", error)
-            peer.record("job_loss", full_loss(start, task), model=str(model))
+            loss = full_loss(start, task)
+            peer.record("job_loss", loss, model=str(model), job=str(self.done + 1))
             models = self.models.clone()
             models[model] = start - program.settings.lr * gradient
             self.models = models

@@ -31,20 +31,23 @@ def sequential_gradient_traces(
     scenario: Scenario, what: What = "delays", kind: Kind = "gilbert-elliott", base_s: float = 1.0,
     slope_s: float = 10.0, noise_s: float = 0.1, stationary: float = 0.04,
     mean_burst: float = 1.5, slow: float = 6.0, calibration: int = 40, max_delay: int = 10,
-    most: int | None = None, mu: float = 1.0, delays: str = "", delays_load: float = 0.0,
+    most: int | None = None, mu: float = 1.0, together: int = 4, window: int = 3,
+    delays: str = "", delays_load: float = 0.0,
 ) -> Run:  # fmt: skip
     """The scenario's peers are workers, its rounds are the jobs J after the calibration.
 
     what: "delays", or "loads": instead, count the loads of the published parameters. kind ...
     slow: see `StragglerTrace`. calibration: rounds on which parameters are chosen, among schemes
     with T <= max_delay that tolerate up to `most` workers; mu: how much longer than the fastest
-    worker the others may take. delays: a CSV file of recorded seconds (`DelayProfile.read`) at the
-    load `delays_load`, in place of made ones; slope_s is then what is known of the slope.
+    worker the others may take. together, window: of "adversarial" delays, how many workers are slow
+    at a time, and within how many rounds nobody else is. delays: a CSV file of recorded seconds
+    (`DelayProfile.read`) at the load `delays_load`, in place of made ones; slope_s is then what is
+    known of the slope.
 
-    Numbers: of each family (`uncoded`, `gc`, `sr_sgc`, `m_sgc`) `..._s`, `..._load`, `..._delay`
-    and `..._waits` (share of rounds in which all were waited for); `ignoring_s` and `oracle_s` (the
-    work is dealt to those who will not be late); `undecoded`: jobs that were not decoded in time;
-    `load_gap`: how far counted loads are from their formulas.
+    Numbers: of each family (`uncoded`, `replicated`, `gc`, `sr_sgc`, `m_sgc`) `..._s`, `..._load`,
+    `..._delay` and `..._waits` (share of rounds in which all were waited for); `ignoring_s` and
+    `oracle_s` (the work is dealt to those who will not be late); `undecoded`: jobs that were not
+    decoded in time; `load_gap`: how far counted loads are from their formulas.
     """
     if what not in get_args(What):
         raise UsageError(f"what={what!r}; need one of {', '.join(get_args(What))}")
@@ -68,8 +71,9 @@ def sequential_gradient_traces(
             )
     else:
         trace = StragglerTrace(
-            kind, base_s, slope_s, noise_s, stationary=stationary, mean_burst=mean_burst, slow=slow
-        )
+            kind, base_s, slope_s, noise_s, stationary=stationary, mean_burst=mean_burst, slow=slow,
+            most=together, window=window,
+        )  # fmt: skip
         world = _Made(trace, workers, calibration + jobs + max_delay, calibration, scenario.seed)
         share, burst = stationary_of(world.slowness)
         _tell(run, slow_share=share, slow_burst=burst)
