@@ -18,7 +18,7 @@ Table = tuple[str, list[str], list[list[str]]]
 def percent(value: float) -> str:
     """An accuracy in percent, without the sign.
 
-    >>> percent(0.8765), percent(0.2), percent(float("nan"))
+    >>> percent(0.8766), percent(0.2), percent(float("nan"))
     ('87.7', '20.0', '-')
     """
     return "-" if not math.isfinite(value) else f"{100 * value:.1f}"
