@@ -160,7 +160,7 @@ def test_an_own_rule_needs_only_the_call() -> None:
         (lambda: GeometricMedian(iterations=0), "iterations=0"),
         (lambda: CenteredClipping(radius=float("inf")), "radius=inf"),
         (lambda: NNA(2, expect=4), "expect=4; need a whole number >= 5"),
-        (lambda: NNM(1, then="nnm"), "mixes twice"),
+        (lambda: NNM(1, then="nnm"), "comes twice"),
         (lambda: NNM(1, then="meen"), "did you mean 'mean'"),
         (lambda: NNM(1, then="krum", settings={"trim": 1}), "no setting 'trim'"),
         (lambda: NNM(1, then="krum", settings={"byzantine": -2}), "byzantine=-2"),

@@ -211,7 +211,7 @@ def test_buckets_hold_every_row_once(case, size: int, seed: int) -> None:
     rule = Bucketing(size, 0, then="mean", seed=seed)
     rows, _ = split(x, mask)
     tagged = np.where(np.isfinite(x), np.arange(len(x))[:, None].astype(float), x)
-    means, some = rule.buckets(torch.tensor(tagged), torch.tensor(mask))
+    means, some = rule.before(torch.tensor(tagged), torch.tensor(mask))
     full, rest = divmod(len(rows), size)
     assert int(some.sum()) == full + (rest > 0)
     held = [size] * full + [rest] * (rest > 0)
@@ -223,7 +223,7 @@ def test_buckets_hold_every_row_once(case, size: int, seed: int) -> None:
 def test_buckets_are_dealt_by_seed() -> None:
     x = torch.arange(12.0)[:, None]
     dealt = {
-        tuple(Bucketing(3, seed=s).buckets(x, torch.ones(12).bool())[0].flatten().tolist())
+        tuple(Bucketing(3, seed=s).before(x, torch.ones(12).bool())[0].flatten().tolist())
         for s in range(5)
     }
     assert len(dealt) == 5

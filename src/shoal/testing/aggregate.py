@@ -27,7 +27,9 @@ def check_aggregator(
     Checked: shapes, dtypes and untouched inputs; stacked receivers equal single ones; masked rows
     are absent, whatever they hold; rows that are not finite never enter as numbers; nobody present
     gives the center or zeros; permutation and translation equivariance (the latter unless the rule
-    says `translation = False`); the bound `kappa` under `tolerates` arbitrary rows, where declared;
+    says `translation = False`); where declared, the bound `kappa` under `tolerates` arbitrary rows
+    at arbitrary places, and that `breaks_at` of them carry the result away (None: that from an
+    honest center all rows but one do not);
     `everyone`, `among` and `mix` against plain calls, where offered; and a run on the meta device.
     A rule with `bind` is bound to a layout of two tensors. Of a rule with `keeps_length = False`
     (clipping, unit vectors) only the direction of equal rows is expected; one with
@@ -50,6 +52,8 @@ def check_aggregator(
     _check_equivariance(aggregator, x, mask, key)
     if hasattr(aggregator, "tolerates"):
         _check_breakdown(aggregator, rows, dim, trials, keyed.fold(key, "breakdown"))
+    if hasattr(aggregator, "breaks_at"):
+        _check_breaks(aggregator, rows, dim, trials, keyed.fold(key, "breaks"))
     if hasattr(aggregator, "everyone"):
         _check_everyone(aggregator, x, mask)
     if hasattr(aggregator, "among"):
@@ -208,13 +212,21 @@ def _check_breakdown(rule: Any, rows: int, dim: int, trials: int, key: Tensor) -
     plain[trials // 2 :, 0] *= 20.0
     for dtype, slack in ((torch.float64, 1e-8), (torch.float32, 1e-3)):
         honest = plain.to(dtype)
-        attack = _adversaries(honest, bad, keyed.fold(key, "attack"))
-        stack = torch.cat((honest.expand(len(attack), *honest.shape), attack), -2)
-        order = keyed.uniform(keyed.grid(keyed.fold(key, "order"), rows)).argsort()
+        stack = _mixed(honest, _adversaries(honest, bad, keyed.fold(key, "attack")), key)
         mask = torch.ones(stack.shape[:-1], dtype=torch.bool, device=stack.device)
         for own in (0, 1) if getattr(rule, "centered", False) else (0,):
-            out = rule(stack[..., order, :], mask=mask, center=honest[:, min(own, rows - bad - 1)])
+            out = rule(stack, mask=mask, center=honest[:, min(own, rows - bad - 1)])
             _check_bound(out, honest, kappa, slack, f"{bad} of {rows} rows ({dtype})")
+
+
+def _mixed(honest: Stack, attack: Stack, key: Tensor) -> Stack:
+    """Honest rows [trials, honest, dim] and others [families, trials, bad, dim], the places of
+    which each trial draws anew."""
+    stack = torch.cat((honest.expand(len(attack), *honest.shape), attack), -2)
+    trials, rows = stack.shape[1:3]
+    draws = keyed.uniform(keyed.grid(keyed.grid(keyed.fold(key, "order"), trials), rows))
+    order = draws.argsort(-1)[None, :, :, None].expand(stack.shape)
+    return stack.gather(-2, order)
 
 
 def _check_bound(out: Vector, honest: Stack, kappa: float, slack: float, what: str) -> None:
@@ -227,6 +239,46 @@ def _check_bound(out: Vector, honest: Stack, kappa: float, slack: float, what: s
         f"aggregator: {what} moved the result beyond kappa = {kappa:.3g} honest variances "
         f"(family, trial) {(~(error <= limit)).nonzero()[0].tolist()}: {float(worst):.3g} times"
     )
+
+
+_FAR = 1e9
+
+
+def _carriers(honest: Stack, bad: int, key: Tensor, far: float) -> Stack:
+    """Rows that carry results away where anything does, [families, trials, bad, dim].
+
+    All at one far point; there, but not quite equal; each far beyond the one before.
+    """
+    trials, _, dim = honest.shape
+    noise = keyed.normal(keyed.grid(keyed.grid(keyed.grid(key, trials), bad), dim)).to(honest.dtype)
+    point = far * noise[:, :1].sign()
+    together = point.expand(noise.shape)
+    step = torch.arange(bad, dtype=honest.dtype, device=honest.device).unsqueeze(-1)
+    ladder = noise.sign() * far ** (1 + step.clamp(max=8))
+    return torch.stack((together, together + noise, ladder))
+
+
+def _check_breaks(rule: Any, rows: int, dim: int, trials: int, key: Tensor) -> None:
+    bad = rule.breaks_at(rows)
+    assert bad is None or bad > rule.tolerates(rows), f"aggregator: breaks_at({rows}) = {bad}"
+    if bad is not None and bad >= rows:
+        return
+    keys = keyed.grid(keyed.grid(keyed.grid(keyed.fold(key, "honest"), trials), rows), dim)
+    everybody = 3.0 + keyed.normal(keys, dtype=torch.float64)
+    for far in (_FAR, 10 * _FAR):
+        honest = everybody[:, : 1 if bad is None else rows - bad]
+        attack = _carriers(honest, rows - honest.shape[1], keyed.fold(key, "attack"), far)
+        stack = _mixed(honest, attack, key)
+        mask = torch.ones(stack.shape[:-1], dtype=torch.bool, device=stack.device)
+        out = rule(stack, mask=mask, center=honest[:, 0])
+        moved = float((out - honest.mean(-2)).norm(dim=-1).max())
+        if bad is None:
+            assert moved < 1e3, f"aggregator: breaks_at is None, and it is {moved:.3g} away"
+        else:
+            assert moved > 1e-3 * far, (
+                f"aggregator: breaks_at({rows}) = {bad}, and none of the known attacks carries it "
+                f"away: {moved:.3g} from {far:.0e}"
+            )
 
 
 def _check_everyone(rule: Any, x: Stack, mask: Mask) -> None:

@@ -77,3 +77,12 @@ def _left_out(part: str, count: int, byzantine: int) -> Mask:
             out[row, list(places)] = True
             row += 1
     return out
+
+
+def set_breaks_at(rows: int, byzantine: int) -> int:
+    """How many arbitrary rows carry the mean of the best set of all but `byzantine` away.
+
+    One more than that cannot all be left out; and rows that fill a set by themselves, all equal,
+    are the best one.
+    """
+    return min(byzantine + 1, max(1, rows - byzantine))

@@ -7,34 +7,44 @@ import math
 import torch
 from torch import Tensor
 
-from shoal.tensor.types import Mask, Stack, Vector
+from shoal.tensor.stack import places_with, shares, sorted_rows, weighed
+from shoal.tensor.types import Mask, Stack, Vector, Weight
 
 
-def mean_near(x: Stack, rows: Mask, pivot: Vector, keep: Tensor, most: int) -> Vector:
-    """Of each coordinate's values the mean of the `keep` nearest to the pivot's [..., dim].
+def mean_near(x: Stack, rows: Mask, pivot: Weight, keep: Tensor, most: int) -> Vector:
+    """Of each coordinate's values the mean of the `keep` nearest to a pivot.
 
-    x as `usable` returns it; keep [...] >= 1; most: no more than so many rows that count may be
-    left out, the others stay. Of two values equally far the lower one stays, so that the order of
-    rows settles nothing. Zeros when no row counts.
+    x as `usable` returns it, at least one row. pivot: [..., k], the weights of values in ascending
+    order whose mean it is, as for `ordered_mean`; keep [...] >= 1; most: no more than so many rows
+    that count may be left out, the others stay. Of two values equally far the lower one stays, so
+    that the order of rows settles nothing. Zeros when no row counts.
     """
-    full = torch.full((), math.inf, dtype=x.dtype, device=x.device)
-    ordered = torch.where(rows.unsqueeze(-1), x, full).sort(-2).values
+    last = x.shape[-2] - 1
     count = rows.sum(-1)
-    left = (count - keep).clamp(min=0).unsqueeze(-1)
-    low = torch.zeros_like(pivot, dtype=torch.int64).unsqueeze(-2)
-    high = (count - 1).clamp(min=0)[..., None, None].expand(low.shape)
-    for step in range(min(most, x.shape[-2] - 1)):
-        below = pivot - ordered.take_along_dim(low, -2).squeeze(-2)
-        above = ordered.take_along_dim(high, -2).squeeze(-2) - pivot
-        more = step < left
-        upper = (more & (above >= below)).unsqueeze(-2)
-        high = high - upper.long()
-        low = low + (more.unsqueeze(-2) & ~upper).long()
-    place = torch.arange(x.shape[-2], device=x.device).unsqueeze(-1)
-    inside = (place >= low) & (place <= high) & (count > 0)[..., None, None]
-    share = 1.0 / (high - low + 1).to(x.dtype)
-    # Divided first: a sum of values near the largest float would overflow.
-    return (torch.where(inside, ordered, torch.zeros_like(full)) * share).sum(-2)
+    left = torch.minimum((count - keep).clamp(min=0), torch.full_like(count, min(most, last)))
+    kept = (count - left).unsqueeze(-1)
+    weight = shares(pivot > 0, pivot).to(x.dtype)
+    places = places_with(weight)
+    share = 1.0 / kept.clamp(min=1).to(x.dtype)
+    zero = torch.zeros((), dtype=x.dtype, device=x.device)
+    step = torch.arange(min(most, last), device=x.device)
+    beyond = (step + kept).clamp(max=last).unsqueeze(-1)
+    candidate = (step < left.unsqueeze(-1)).unsqueeze(-1)
+    found = []
+    for row in sorted_rows(x, rows):
+        point = weighed(row, weight, places).unsqueeze(-2)
+        values = torch.stack(row, -2)
+        # The i-th lowest value goes when it is farther away than the one that would come in for it.
+        above = values.take_along_dim(beyond, -2) - point
+        gone = candidate & (point - values[..., : len(step), :] > above)
+        first = gone.sum(-2)
+        mean = torch.zeros_like(row[0])
+        for place, value in enumerate(row):
+            inside = (first <= place) & (first > place - kept)
+            # Divided first: a sum of values near the largest float would overflow.
+            mean += torch.where(inside, value, zero) * share
+        found.append(mean)
+    return torch.cat(found, -1)
 
 
 def near_pivot(honest: int, kept: int, byzantine: int, pivot: float) -> float:

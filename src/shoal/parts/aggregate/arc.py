@@ -7,15 +7,16 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
-from shoal.parts.aggregate._before import lengths, rule_after, shortened
-from shoal.parts.aggregate.base import Settings, frozen, need_count, same_for_all
+from shoal.parts.aggregate._before import Before, lengths, shortened
+from shoal.parts.aggregate.base import Settings
 from shoal.tensor.stack import usable
-from shoal.tensor.types import Mask, Scalar, Stack, Vector, Weight
+from shoal.tensor.types import Mask, Scalar, Stack
 
 
 @dataclass(frozen=True)
-class ARC:
+class ARC(Before):
     """The longest rows are shortened to the length of the longest other; another rule combines.
 
     x: [..., k, dim], gradients or updates: lengths must mean something. Of n rows received the
@@ -43,45 +44,21 @@ class ARC:
     )
     translation: ClassVar[bool] = False
 
-    def __post_init__(self) -> None:
-        need_count("arc", "byzantine", self.byzantine, 0, "how many peers may be faulty")
-        object.__setattr__(self, "settings", frozen(self.settings))
-        _ = self.rule
-
-    @property
-    def rule(self) -> Any:
-        """The rule that follows."""
-        return rule_after("arc", self.then, self.settings, self.byzantine)
-
-    @property
-    def centered(self) -> bool:
-        return self.rule.centered
-
-    def clipped(self, x: Stack, mask: Mask) -> Stack:
-        """The rows with the longest shortened, NaN for rows that are absent or not finite."""
+    def before(self, x: Stack, mask: Mask) -> tuple[Stack, Mask]:
+        """The rows with the longest shortened."""
         x, rows = usable(x, mask)
         length = lengths(x, rows)
         received = mask.expand(rows.shape).sum(-1)
-        share = 2 * self.byzantine * (received - self.byzantine).clamp(min=0)
-        cut = share // received.clamp(min=1)
         absent = received - rows.sum(-1)
-        limit = _largest_but(length, rows, (cut - absent).clamp(min=0))
-        return shortened(x, rows, length, limit)
+        limit = _largest_but(length, rows, (self._cut(received) - absent).clamp(min=0))
+        return shortened(x, rows, length, limit), mask
 
-    def __call__(
-        self, x: Stack, *, mask: Mask, weight: Weight | None = None, center: Vector | None = None
-    ) -> Vector:
-        return self.rule(self.clipped(x, mask), mask=mask, weight=weight, center=center)
-
-    def everyone(self, x: Stack, mask: Mask) -> Stack:
-        if not self.centered:
-            return same_for_all(self, x, mask)
-        seen = self.clipped(x, mask).unsqueeze(-3).expand(*x.shape[:-1], *x.shape[-2:])
-        return self.rule(seen, mask=mask.unsqueeze(-2), center=x)
-
-    def tolerates(self, rows: int) -> int:
-        limit = 0 if self.centered else self.rule.tolerates(rows)
-        return self.byzantine if self.byzantine <= min(limit, (rows - 1) // 2) else 0
+    def _cut(self, received: Any) -> Any:
+        """How many of these many rows are shortened; a number or a tensor."""
+        share = 2 * self.byzantine * (received - self.byzantine)
+        if isinstance(received, Tensor):
+            return share.clamp(min=0) // received.clamp(min=1)
+        return max(0, share) // max(1, received)
 
     def kappa(self, rows: int) -> float:
         """kappa of the rule + 2b/(n - 2b), b = byzantine (the paper's theorem 3.2)."""
@@ -89,8 +66,13 @@ class ARC:
             return math.inf
         return self.rule.kappa(rows) + 2 * self.byzantine / (rows - 2 * self.byzantine)
 
+    def breaks_at(self, rows: int) -> int | None:
+        """Far rows stay far where there are more of them than are shortened."""
+        after = self.rule.breaks_at(rows)
+        return None if after is None else max(after, self._cut(rows) + 1)
 
-def _largest_but(length: Scalar, rows: Mask, cut: torch.Tensor) -> Scalar:
+
+def _largest_but(length: Scalar, rows: Mask, cut: Tensor) -> Scalar:
     """The largest length when `cut` [...] larger ones are left out; the shortest at least."""
     if not length.shape[-1]:
         return length.sum(-1)

@@ -6,8 +6,12 @@ A rule in this folder is a frozen dataclass with
 - `centered`: True when it starts from the receiver's own vector,
 - `tolerates(rows)`: how many of `rows` received vectors, own included, may be arbitrary,
 - `kappa(rows)`: what that tolerance is worth, see `Robust`,
+- `breaks_at(rows)`: how many arbitrary vectors carry the result anywhere, see `Robust`,
 - optionally `everyone(x, mask)`: all receivers at once, see `Everyone`; `among(x, heard)`: the
   same with rows in hand that differ by receiver, see `Among`; and `mix` (linear rules).
+
+Most rules begin and end alike: `Plain` has that part of the contract, `Told` also the number of
+arbitrary rows that a rule is told, `ByPlace` the calls of rules that sort each coordinate.
 
 Non-finite rows: a rule that knows how many vectors are faulty counts them as the worst ones, so
 that they use up that number; the others treat them as absent.
@@ -18,7 +22,8 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -26,8 +31,8 @@ from torch import Tensor
 from shoal.base.errors import UsageError
 from shoal.parts import find
 from shoal.rounds.aggregator import Aggregator
-from shoal.tensor.stack import inner_products
-from shoal.tensor.types import Mask, Stack
+from shoal.tensor.stack import inner_products, or_center, usable
+from shoal.tensor.types import Mask, Stack, Vector, Weight
 
 _VAST = 1e300
 
@@ -37,17 +42,22 @@ Settings = tuple[tuple[str, Setting], ...]
 
 
 class Robust(Aggregator, Protocol):
-    """A rule with a proven bound (Allouah et al. 2023, definition 2: (f, kappa)-robustness).
+    """A rule that states when it breaks (Allouah et al. 2023, definition 2: (f, kappa)-robustness).
 
     For any `f = tolerates(rows)` rows, NaN and infinity included, and the mean and the variance
     (mean squared distance to that mean) of the other rows:
     `|result - mean|^2 <= kappa(rows) * variance`. A rule that starts from the receiver's own vector
-    promises it when that vector is the center and one of the other rows.
+    promises it when that vector is the center and one of the other rows. An infinite kappa promises
+    nothing. With `breaks_at(rows)` rows an attack is known that carries the result to any distance;
+    None: no number of rows does. Between the two nothing is proven either way; where they are
+    neighbours the breakdown point is exact.
     """
 
     def tolerates(self, rows: int) -> int: ...
 
     def kappa(self, rows: int) -> float: ...
+
+    def breaks_at(self, rows: int) -> int | None: ...
 
 
 class Everyone(Aggregator, Protocol):
@@ -73,9 +83,73 @@ class Among(Aggregator, Protocol):
     def among(self, x: Stack, heard: Mask) -> Stack: ...
 
 
+class Plain:
+    """The part of the contract that rules without a center and without weights share."""
+
+    centered: ClassVar[bool] = False
+
+    def __call__(
+        self, x: Stack, *, mask: Mask, weight: Weight | None = None, center: Vector | None = None
+    ) -> Vector:
+        x, rows = usable(x, mask)
+        if x.shape[-2]:
+            value = self.combined(x, rows, mask.expand(rows.shape).sum(-1))
+        else:
+            value = x.sum(-2)
+        return or_center(value, rows.any(-1), center)
+
+    def combined(self, x: Stack, rows: Mask, received: Tensor) -> Vector:
+        """The rule itself. x: at least one row, and `rows`, as `usable` returns them; received:
+        [...], rows in hand, those that are not finite included. Without rows: any finite vector."""
+        raise NotImplementedError
+
+    def everyone(self, x: Stack, mask: Mask) -> Stack:
+        return same_for_all(self, x, mask)
+
+
+@dataclass(frozen=True)
+class Told(Plain):
+    """A rule that is told how many of the rows that it gets may be arbitrary."""
+
+    byzantine: int = 1
+
+    examples: ClassVar[tuple[dict[str, Any], ...]] = ({"byzantine": 2}, {"byzantine": 0})
+
+    def __post_init__(self) -> None:
+        need_told(self, self.byzantine)
+
+
+class ByPlace(Plain):
+    """A rule that takes each coordinate's values in ascending order."""
+
+    def values(self, x: Stack, rows: Mask) -> Vector:
+        """The rule itself; rows may have leading axes that x lacks. Zeros when no row counts."""
+        raise NotImplementedError
+
+    def combined(self, x: Stack, rows: Mask, received: Tensor) -> Vector:
+        return self.values(x, rows)
+
+    def among(self, x: Stack, heard: Mask) -> Stack:
+        """All receivers, without a copy of the rows for each."""
+        own = x
+        x, good = usable(x, torch.ones_like(x[..., 0], dtype=torch.bool))
+        rows = heard.expand(*good.shape, good.shape[-1]) & good.unsqueeze(-2)
+        return or_center(self.values(x.unsqueeze(-3), rows), rows.any(-1), own)
+
+
 def same_for_all(rule: Aggregator, x: Stack, mask: Mask) -> Stack:
     """`everyone` of a rule without center: one result, seen by all receivers without a copy."""
     return rule(x, mask=mask).unsqueeze(-2).expand(x.shape)
+
+
+def part_of(rule: object) -> str:
+    """What a scenario calls the rule: the name of its module."""
+    return type(rule).__module__.rpartition(".")[2]
+
+
+def need_told(rule: object, byzantine: object) -> None:
+    """Refuse a number of arbitrary rows that is no whole number."""
+    need_count(part_of(rule), "byzantine", byzantine, 0, "how many peers may be faulty")
 
 
 def need_count(part: str, name: str, value: object, least: int, repair: str) -> None:

@@ -8,15 +8,15 @@ from typing import Any, ClassVar
 
 import torch
 
-from shoal.parts.aggregate._before import rule_after
-from shoal.parts.aggregate.base import Settings, frozen, need_count, same_for_all
+from shoal.parts.aggregate._before import Before
+from shoal.parts.aggregate.base import Settings, need_count
 from shoal.tensor import keyed
-from shoal.tensor.stack import usable
-from shoal.tensor.types import Mask, Stack, Vector, Weight
+from shoal.tensor.stack import grouped_means, usable
+from shoal.tensor.types import Index, Mask, Stack
 
 
 @dataclass(frozen=True)
-class Bucketing:
+class Bucketing(Before):
     """Rows are dealt into buckets of `size`; another rule combines the buckets' means.
 
     x: [..., k, dim]. Means of a few differ less than single rows, which robust rules need when
@@ -44,51 +44,29 @@ class Bucketing:
         {"byzantine": 0, "then": "mean"},
     )
     exchangeable: ClassVar[bool] = False
+    keeps_rows: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         need_count("bucketing", "size", self.size, 1, "rows in a bucket; 2 is usual")
-        need_count("bucketing", "byzantine", self.byzantine, 0, "how many peers may be faulty")
-        object.__setattr__(self, "settings", frozen(self.settings))
-        _ = self.rule
+        super().__post_init__()
 
-    @property
-    def rule(self) -> Any:
-        """The rule that follows."""
-        return rule_after("bucketing", self.then, self.settings, self.byzantine)
+    def order(self, rows: Mask) -> Index:
+        """Rows in the order in which they are dealt, bucket after bucket, [..., k].
 
-    @property
-    def centered(self) -> bool:
-        return self.rule.centered
-
-    def buckets(self, x: Stack, mask: Mask) -> tuple[Stack, Mask]:
-        """Means [..., ceil(k / size), dim] and which buckets hold a row."""
-        x, rows = usable(x, mask)
-        count = x.shape[-2]
-        filled = -(-count // self.size)
+        Those that do not count come last.
+        """
         # Places are counted among rows that count, and drawn in an order that all counts share.
         place = (rows.cumsum(-1) - 1).clamp(min=0)
-        draws = keyed.uniform(keyed.grid(keyed.key_of(self.seed, "bucketing"), count))
-        drawn = draws.to(x.device)[place]
-        drawn = torch.where(rows, drawn, math.inf)
-        rank = drawn.argsort(dim=-1, stable=True).argsort(-1)
-        number = torch.arange(filled, device=x.device).unsqueeze(-1)
-        dealt = (rank // self.size).unsqueeze(-2)
-        member = ((dealt == number) & rows.unsqueeze(-2)).to(x.dtype)
-        held = member.sum(-1, keepdim=True)
-        return (member / held.clamp(min=1)) @ x, held.squeeze(-1) > 0
+        draws = keyed.uniform(keyed.grid(keyed.key_of(self.seed, "bucketing"), rows.shape[-1]))
+        drawn = draws.to(rows.device)[place]
+        return torch.where(rows, drawn, math.inf).argsort(dim=-1, stable=True)
 
-    def __call__(
-        self, x: Stack, *, mask: Mask, weight: Weight | None = None, center: Vector | None = None
-    ) -> Vector:
-        means, some = self.buckets(x, mask)
-        return self.rule(means, mask=some, center=center)
-
-    def everyone(self, x: Stack, mask: Mask) -> Stack:
-        if not self.centered:
-            return same_for_all(self, x, mask)
-        means, some = self.buckets(x, mask)
-        seen = means.unsqueeze(-3).expand(*x.shape[:-1], *means.shape[-2:])
-        return self.rule(seen, mask=some.unsqueeze(-2), center=x)
+    def before(self, x: Stack, mask: Mask) -> tuple[Stack, Mask]:
+        """Means [..., ceil(k / size), dim] and which buckets hold a row."""
+        x, rows = usable(x, mask)
+        filled = -(-x.shape[-2] // self.size)
+        rank = self.order(rows).argsort(-1)
+        return grouped_means(x, torch.where(rows, rank // self.size, -1), filled)
 
     def tolerates(self, rows: int) -> int:
         """Faults that are not finite leave fewer rows, hence fewer buckets."""
@@ -117,3 +95,7 @@ class Bucketing:
         """Numbers of buckets with 0 to `byzantine` of the rows not finite."""
         least = max(1, rows - self.byzantine)
         return range(-(-least // self.size), -(-rows // self.size) + 1)
+
+    def breaks_at(self, rows: int) -> int | None:
+        """One arbitrary row spoils a whole bucket."""
+        return self.rule.breaks_at(-(-rows // self.size))

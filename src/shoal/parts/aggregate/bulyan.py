@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from shoal.parts.aggregate._values import mean_near
-from shoal.parts.aggregate.base import need_count, same_for_all
+from shoal.parts.aggregate.base import Told
 from shoal.parts.aggregate.krum import scores_of
-from shoal.parts.aggregate.median import middle
-from shoal.tensor.stack import nearest, or_center, squared_distances, usable
-from shoal.tensor.types import Mask, Stack, Vector, Weight
+from shoal.tensor.stack import middle_places, nearest, squared_distances
+from shoal.tensor.types import Mask, Stack, Vector
 
 
 @dataclass(frozen=True)
-class Bulyan:
+class Bulyan(Told):
     """Of rows that Krum picks one by one, each coordinate's mean of the values near the median.
 
     x: [..., k, dim]; weights are ignored. Of n rows received n - 2 byzantine are picked, each time
@@ -32,27 +31,12 @@ class Bulyan:
     tensor([2.])
     """
 
-    byzantine: int = 1
-
-    examples: ClassVar[tuple[dict[str, Any], ...]] = ({"byzantine": 2}, {"byzantine": 0})
-    centered: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        need_count("bulyan", "byzantine", self.byzantine, 0, "how many peers may be faulty")
-
-    def __call__(
-        self, x: Stack, *, mask: Mask, weight: Weight | None = None, center: Vector | None = None
-    ) -> Vector:
-        x, rows = usable(x, mask)
-        if not x.shape[-2]:
-            return or_center(x.sum(-2), rows.any(-1), center)
-        received = mask.expand(rows.shape).sum(-1)
+    def combined(self, x: Stack, rows: Mask, received: Tensor) -> Vector:
         picked = self._pick(x, rows, received)
         keep = (received - 4 * self.byzantine).clamp(min=1)
-        near = mean_near(x, picked, middle(x, picked), keep, 2 * self.byzantine)
-        return or_center(near, rows.any(-1), center)
+        return mean_near(x, picked, middle_places(picked), keep, 2 * self.byzantine)
 
-    def _pick(self, x: Stack, rows: Mask, received: torch.Tensor) -> Mask:
+    def _pick(self, x: Stack, rows: Mask, received: Tensor) -> Mask:
         square = squared_distances(x, rows)
         square = torch.maximum(square, square.mT)
         wanted = (received - 2 * self.byzantine).clamp(min=1)
@@ -67,9 +51,6 @@ class Bulyan:
             best = best & (step < wanted).unsqueeze(-1)
             left, picked = left & ~best, picked | best
         return picked
-
-    def everyone(self, x: Stack, mask: Mask) -> Stack:
-        return same_for_all(self, x, mask)
 
     def tolerates(self, rows: int) -> int:
         return self.byzantine if rows >= 4 * self.byzantine + 3 else 0
@@ -90,3 +71,11 @@ class Bulyan:
         pivot = math.sqrt(2 * honest / (rows - 4 * bad))
         pairs = 2 * math.sqrt(bad) * (math.sqrt(honest) + math.sqrt(bad) * pivot) / kept
         return (pairs + subset) ** 2
+
+    def breaks_at(self, rows: int) -> int:
+        """With 2b + 1 of them picked, one value is kept.
+
+        Equal rows are picked first as long as they are a majority of those left; and of 4b + 1 so
+        many are picked whatever their scores are.
+        """
+        return min(4 * self.byzantine + 1, (rows + 2 * self.byzantine) // 2 + 1)

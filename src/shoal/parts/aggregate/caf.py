@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
-from shoal.parts.aggregate.base import bounded_products, need_count, same_for_all
-from shoal.tensor.stack import certain, masked_mean, or_center, usable
-from shoal.tensor.types import Mask, Stack, Vector, Weight
+from shoal.parts.aggregate.base import Told, bounded_products
+from shoal.tensor.stack import certain, masked_mean
+from shoal.tensor.types import Mask, Stack, Vector
 
 
 @dataclass(frozen=True)
-class CAF:
+class CAF(Told):
     """A weighted mean whose rows lose weight the farther they lie along the worst direction.
 
     x: [..., k, dim]; the weights of senders are ignored. All rows begin with weight 1. Again and
@@ -30,25 +30,10 @@ class CAF:
     tensor([1.])
     """
 
-    byzantine: int = 1
+    def combined(self, x: Stack, rows: Mask, received: Tensor) -> Vector:
+        return masked_mean(x, rows, self._weights(bounded_products(x, rows), rows, received))
 
-    examples: ClassVar[tuple[dict[str, Any], ...]] = ({"byzantine": 2}, {"byzantine": 0})
-    centered: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        need_count("caf", "byzantine", self.byzantine, 0, "how many peers may be faulty")
-
-    def __call__(
-        self, x: Stack, *, mask: Mask, weight: Weight | None = None, center: Vector | None = None
-    ) -> Vector:
-        x, rows = usable(x, mask)
-        if not x.shape[-2]:
-            return or_center(x.sum(-2), rows.any(-1), center)
-        received = mask.expand(rows.shape).sum(-1)
-        share = self._weights(bounded_products(x, rows), rows, received)
-        return or_center(masked_mean(x, rows, share), rows.any(-1), center)
-
-    def _weights(self, inner: torch.Tensor, rows: Mask, received: torch.Tensor) -> torch.Tensor:
+    def _weights(self, inner: Tensor, rows: Mask, received: Tensor) -> Tensor:
         weight = rows.to(torch.float64)
         best, least = weight, torch.full_like(weight[..., 0], math.inf)
         enough = (received - 2 * self.byzantine).clamp(min=1).to(torch.float64)
@@ -80,9 +65,6 @@ class CAF:
                 break
         return best
 
-    def everyone(self, x: Stack, mask: Mask) -> Stack:
-        return same_for_all(self, x, mask)
-
     def tolerates(self, rows: int) -> int:
         return self.byzantine if rows > 3 * self.byzantine else 0
 
@@ -100,3 +82,8 @@ class CAF:
         honest = rows - bad
         good = honest - 2 * bad
         return (math.sqrt(2 * bad * honest) + math.sqrt(2 * bad * good)) ** 2 / good**2
+
+    def breaks_at(self, rows: int) -> int:
+        """2 byzantine rows, each far beyond the one before, each in a step of its own: all but the
+        last have lost their weight when the filter stops."""
+        return max(1, 2 * self.byzantine)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -82,6 +83,17 @@ class CenteredClipping:
         pull = shares(heard) * self._clip(squared_distances(x, good).sqrt())
         stay = (1 - pull.sum(-1, keepdim=True)).to(x.dtype)
         return or_center(stay * x + pull.to(x.dtype) @ x, heard.any(-1), own)
+
+    def tolerates(self, rows: int) -> int:
+        """Nothing is proven about the distance to the mean: `radius` is no multiple of a spread."""
+        return 0
+
+    def kappa(self, rows: int) -> float:
+        return math.inf
+
+    def breaks_at(self, rows: int) -> None:
+        """From an honest center no rows move it farther than `iterations` times `radius`."""
+        return None
 
     def _clip(self, apart: Tensor) -> Tensor:
         return (self.radius / apart.clamp(min=self.radius)).nan_to_num(nan=0.0)

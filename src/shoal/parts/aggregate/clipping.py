@@ -8,20 +8,14 @@ from typing import Any, ClassVar
 
 import torch
 
-from shoal.parts.aggregate._before import lengths, rule_after, shortened
-from shoal.parts.aggregate.base import (
-    Settings,
-    frozen,
-    need_count,
-    need_positive,
-    same_for_all,
-)
+from shoal.parts.aggregate._before import Before, lengths, shortened
+from shoal.parts.aggregate.base import Settings, need_positive
 from shoal.tensor.stack import usable
-from shoal.tensor.types import Mask, Stack, Vector, Weight
+from shoal.tensor.types import Mask, Stack
 
 
 @dataclass(frozen=True)
-class Clipping:
+class Clipping(Before):
     """Rows longer than `radius` are shortened to it; another rule combines what is left.
 
     x: [..., k, dim], gradients or updates, `radius` in their units. `then`, `settings` and
@@ -50,36 +44,14 @@ class Clipping:
 
     def __post_init__(self) -> None:
         need_positive("clipping", "radius", self.radius, "the longest honest row is a start")
-        need_count("clipping", "byzantine", self.byzantine, 0, "handed to the rule that follows")
-        object.__setattr__(self, "settings", frozen(self.settings))
-        _ = self.rule
+        super().__post_init__()
 
-    @property
-    def rule(self) -> Any:
-        """The rule that follows."""
-        return rule_after("clipping", self.then, self.settings, self.byzantine)
-
-    @property
-    def centered(self) -> bool:
-        return self.rule.centered
-
-    def clipped(self, x: Stack, mask: Mask) -> Stack:
-        """Rows no longer than the radius, NaN for rows that are absent or not finite."""
+    def before(self, x: Stack, mask: Mask) -> tuple[Stack, Mask]:
+        """Rows no longer than the radius."""
         x, rows = usable(x, mask)
         length = lengths(x, rows)
         limit = torch.full(length.shape[:-1], self.radius, dtype=length.dtype, device=x.device)
-        return shortened(x, rows, length, limit)
-
-    def __call__(
-        self, x: Stack, *, mask: Mask, weight: Weight | None = None, center: Vector | None = None
-    ) -> Vector:
-        return self.rule(self.clipped(x, mask), mask=mask, weight=weight, center=center)
-
-    def everyone(self, x: Stack, mask: Mask) -> Stack:
-        if not self.centered:
-            return same_for_all(self, x, mask)
-        seen = self.clipped(x, mask).unsqueeze(-3).expand(*x.shape[:-1], *x.shape[-2:])
-        return self.rule(seen, mask=mask.unsqueeze(-2), center=x)
+        return shortened(x, rows, length, limit), mask
 
     def tolerates(self, rows: int) -> int:
         """Nothing is proven about the distance to the mean."""
@@ -87,3 +59,7 @@ class Clipping:
 
     def kappa(self, rows: int) -> float:
         return math.inf
+
+    def breaks_at(self, rows: int) -> None:
+        """The rule that follows sees no row that is longer than the radius."""
+        return None

@@ -133,6 +133,10 @@ class Flag:
     def kappa(self, rows: int) -> float:
         return float("inf")
 
+    def breaks_at(self, rows: int) -> int | None:
+        """A direction is no longer than 1; with `rescale`, half of the rows set the length, too."""
+        return None if self.rescale is None else (rows + 1) // 2
+
     def _detail(self, x: Stack, rows: Mask) -> FlagResult:
         if not x.shape[-2] or not x.shape[-1]:
             none = x.new_zeros(rows.shape, dtype=torch.float64)

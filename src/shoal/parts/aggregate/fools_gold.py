@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from shoal.parts.aggregate._before import lengths
-from shoal.parts.aggregate.base import need_positive, same_for_all
-from shoal.tensor.stack import masked_mean, or_center, shares, usable
-from shoal.tensor.types import Mask, Stack, Vector, Weight
+from shoal.parts.aggregate.base import Plain, need_positive
+from shoal.tensor.stack import masked_mean, shares, usable
+from shoal.tensor.types import Mask, Stack, Vector
 
 
 @dataclass(frozen=True)
-class FoolsGold:
+class FoolsGold(Plain):
     """Mean of the rows, each weighing less the more its direction is like another row's.
 
     x: [..., k, dim], gradients or updates; weights of senders are ignored. The score of a row is 1
@@ -37,20 +37,15 @@ class FoolsGold:
     confidence: float = 1.0
 
     examples: ClassVar[tuple[dict[str, Any], ...]] = ({}, {"confidence": 0.5})
-    centered: ClassVar[bool] = False
     translation: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         need_positive("fools_gold", "confidence", self.confidence, "1 is the source's")
 
-    def __call__(
-        self, x: Stack, *, mask: Mask, weight: Weight | None = None, center: Vector | None = None
-    ) -> Vector:
-        x, rows = usable(x, mask)
+    def combined(self, x: Stack, rows: Mask, received: Tensor) -> Vector:
         score = self.scores(x, rows)
         some = (score > 0).any(-1, keepdim=True)
-        value = masked_mean(x, rows, torch.where(some, score, 1.0))
-        return or_center(value, rows.any(-1), center)
+        return masked_mean(x, rows, torch.where(some, score, 1.0))
 
     def scores(self, x: Stack, mask: Mask) -> Tensor:
         """What each row counts, float64 [..., k] in [0, 1]; 0 for rows that do not count."""
@@ -62,15 +57,16 @@ class FoolsGold:
         unit = x.to(torch.float64) / scale
         return scores_of(unit @ unit.mT, rows, self.confidence)
 
-    def everyone(self, x: Stack, mask: Mask) -> Stack:
-        return same_for_all(self, x, mask)
-
     def tolerates(self, rows: int) -> int:
         """Nothing is proven about the distance to the mean."""
         return 0
 
     def kappa(self, rows: int) -> float:
         return math.inf
+
+    def breaks_at(self, rows: int) -> int:
+        """A single one that points its own way counts like the best."""
+        return 1
 
 
 _ALIKE = {torch.float64: 1e-7, torch.float32: 1e-5}

@@ -9,22 +9,21 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from shoal.parts.aggregate.base import need_count, need_positive, same_for_all
+from shoal.parts.aggregate.base import Plain, need_count, need_positive
 from shoal.parts.aggregate.median import middle
 from shoal.tensor.stack import (
     combine,
-    distances_to,
     inner_products,
     majority_row,
     or_center,
     shares,
     usable,
 )
-from shoal.tensor.types import Mask, Stack, Vector, Weight
+from shoal.tensor.types import Mask, Stack, Vector
 
 
 @dataclass(frozen=True)
-class GeometricMedian:
+class GeometricMedian(Plain):
     """The point with the least sum of distances to the rows, approximately.
 
     x: [..., k, dim]; weights are ignored, rows that are not finite are absent. Starts at the
@@ -44,24 +43,19 @@ class GeometricMedian:
     iterations: int = 8
 
     examples: ClassVar[tuple[dict[str, Any], ...]] = ({}, {"iterations": 1, "smoothing": 1e-3})
-    centered: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         need_positive("geometric_median", "smoothing", self.smoothing, "1e-6 is usual")
         need_count("geometric_median", "iterations", self.iterations, 1, "8 is usual")
 
-    def __call__(
-        self, x: Stack, *, mask: Mask, weight: Weight | None = None, center: Vector | None = None
-    ) -> Vector:
-        x, rows = usable(x, mask)
-        start = or_center(middle(x, rows), rows.any(-1), None)
-        pull = self._pull(distances_to(x, rows, start), inner_products(x, rows), rows)
+    def combined(self, x: Stack, rows: Mask, received: Tensor) -> Vector:
+        start = middle(x, rows)
+        inner = inner_products(x, rows, start)
+        norm = inner.diagonal(dim1=-2, dim2=-1)
+        square = norm[..., :-1] - 2 * inner[..., -1, :-1] + norm[..., -1:]
+        pull = self._pull(square, inner[..., :-1, :-1], rows)
         # All rows too far for float64: nothing pulls, and the point stays.
-        point = or_center(combine(pull, x), pull.sum(-1) > 0, start)
-        return or_center(point, rows.any(-1), center)
-
-    def everyone(self, x: Stack, mask: Mask) -> Stack:
-        return same_for_all(self, x, mask)
+        return or_center(combine(pull, x), pull.sum(-1) > 0, start)
 
     def among(self, x: Stack, heard: Mask) -> Stack:
         """All receivers: distances to their starts and between rows are inner products."""
@@ -75,26 +69,28 @@ class GeometricMedian:
         square = (near.square().sum(-1).unsqueeze(-2) - 2 * begin @ near.mT).add_(
             begin.square().sum(-1, keepdim=True)
         )
-        apart = square.nan_to_num(nan=math.inf).clamp(min=0).sqrt()
-        pull = self._pull(apart, inner.unsqueeze(-3), rows)
+        pull = self._pull(square, inner.unsqueeze(-3), rows)
         points = or_center(pull.to(x.dtype) @ x, pull.sum(-1) > 0, start)
         return or_center(points, rows.any(-1), own)
 
-    def _pull(self, apart: Tensor, inner: Tensor, rows: Mask) -> Tensor:
-        """Weights of the rows [..., k] after all steps; apart: their distances to the start.
+    def _pull(self, square: Tensor, inner: Tensor, rows: Mask) -> Tensor:
+        """Weights of the rows [..., k] after all steps; square: squared distances to the start.
 
         A weighted mean's distances come from inner products [..., k, k]: rows are read but once.
         """
-        pull = shares(rows, 1.0 / apart.clamp(min=self.smoothing))
+        pull = self._step(square, rows)
         inner = torch.where(rows.unsqueeze(-1) & rows.unsqueeze(-2), inner, 0.0)
         norm = inner.diagonal(dim1=-2, dim2=-1)
         for _ in range(self.iterations - 1):
             along = (inner @ pull.unsqueeze(-1)).squeeze(-1)
             size = (along * pull).sum(-1, keepdim=True)
-            apart = (norm - 2 * along + size).clamp(min=0).sqrt().nan_to_num(nan=math.inf)
-            step = shares(rows, 1.0 / apart.clamp(min=self.smoothing))
+            step = self._step(norm - 2 * along + size, rows)
             pull = torch.where(step.sum(-1, keepdim=True) > 0, step, pull)
         return pull
+
+    def _step(self, square: Tensor, rows: Mask) -> Tensor:
+        apart = square.nan_to_num(nan=math.inf, posinf=math.inf).clamp(min=0).sqrt()
+        return shares(rows, 1.0 / apart.clamp(min=self.smoothing))
 
     def tolerates(self, rows: int) -> int:
         return max(0, (rows - 1) // 2)
@@ -108,3 +104,6 @@ class GeometricMedian:
         bad = self.tolerates(rows)
         honest, margin = rows - bad, rows - 2 * bad
         return ((rows * math.sqrt(2 * honest / margin) + 2 * honest) / margin) ** 2
+
+    def breaks_at(self, rows: int) -> int:
+        return self.tolerates(rows) + 1

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from shoal.parts.aggregate.base import need_count, same_for_all
-from shoal.tensor.stack import masked_mean, nearest, or_center, squared_distances, usable
-from shoal.tensor.types import Mask, Scalar, Stack, Vector, Weight
+from shoal.parts.aggregate.base import Told
+from shoal.tensor.stack import nearest, picked_row, squared_distances
+from shoal.tensor.types import Mask, Scalar, Stack, Vector
 
 
 @dataclass(frozen=True)
-class Krum:
+class Krum(Told):
     """The received row with the smallest sum of squared distances to its nearest others.
 
     x: [..., k, dim]. Of n rows received, n - byzantine - 2 neighbours count (at least one); ties go
@@ -27,23 +26,8 @@ class Krum:
     tensor([1.])
     """
 
-    byzantine: int = 1
-
-    examples: ClassVar[tuple[dict[str, Any], ...]] = ({"byzantine": 2}, {"byzantine": 0})
-    centered: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        need_count("krum", "byzantine", self.byzantine, 0, "how many peers may be faulty")
-
-    def __call__(
-        self, x: Stack, *, mask: Mask, weight: Weight | None = None, center: Vector | None = None
-    ) -> Vector:
-        x, rows = usable(x, mask)
-        chosen = nearest(scores(x, rows, mask.expand(rows.shape).sum(-1), self.byzantine), 1)
-        return or_center(masked_mean(x, chosen), rows.any(-1), center)
-
-    def everyone(self, x: Stack, mask: Mask) -> Stack:
-        return same_for_all(self, x, mask)
+    def combined(self, x: Stack, rows: Mask, received: Tensor) -> Vector:
+        return picked_row(x, nearest(scores(x, rows, received, self.byzantine), 1))
 
     def tolerates(self, rows: int) -> int:
         return max(0, min(self.byzantine, rows - self.byzantine - 3))
@@ -56,6 +40,18 @@ class Krum:
         """
         bad = self.tolerates(rows)
         return 6.0 * (rows - bad) / max(1, rows - self.byzantine - 2 - bad)
+
+    def breaks_at(self, rows: int) -> int:
+        return best_score_at(rows, self.byzantine)
+
+
+def best_score_at(rows: int, byzantine: int) -> int:
+    """How many equal arbitrary rows, far away, have the best score among so many.
+
+    Each has enough neighbours at distance 0, or, as a majority, fewer at a large one than an honest
+    row has.
+    """
+    return min(max(1, rows - byzantine - 2) + 1, rows // 2 + 1)
 
 
 def scores(x: Stack, rows: Mask, received: Tensor, byzantine: int) -> Scalar:

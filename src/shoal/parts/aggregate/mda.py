@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from shoal.parts.aggregate._subsets import best_set
-from shoal.parts.aggregate.base import need_count, same_for_all
-from shoal.tensor.stack import masked_mean, or_center, squared_distances, usable
-from shoal.tensor.types import Mask, Stack, Vector, Weight
+from shoal.parts.aggregate._subsets import best_set, set_breaks_at
+from shoal.parts.aggregate.base import Told
+from shoal.tensor.stack import masked_mean, squared_distances
+from shoal.tensor.types import Mask, Stack, Vector
 
 
 @dataclass(frozen=True)
-class MDA:
+class MDA(Told):
     """Mean of the set of all rows but `byzantine` whose two farthest members lie closest together.
 
     x: [..., k, dim]; weights are ignored. Of sets with one diameter the one with the smallest sum
@@ -30,18 +29,7 @@ class MDA:
     tensor([1.])
     """
 
-    byzantine: int = 1
-
-    examples: ClassVar[tuple[dict[str, Any], ...]] = ({"byzantine": 2}, {"byzantine": 0})
-    centered: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        need_count("mda", "byzantine", self.byzantine, 0, "how many peers may be faulty")
-
-    def __call__(
-        self, x: Stack, *, mask: Mask, weight: Weight | None = None, center: Vector | None = None
-    ) -> Vector:
-        x, rows = usable(x, mask)
+    def combined(self, x: Stack, rows: Mask, received: Tensor) -> Vector:
         square = squared_distances(x, rows)
         square = torch.maximum(square, square.mT)
 
@@ -52,14 +40,7 @@ class MDA:
             pairs = torch.where(both, apart, torch.zeros_like(apart)).flatten(-2)
             return pairs.amax(-1), pairs.sum(-1)
 
-        if not x.shape[-2]:
-            return or_center(x.sum(-2), rows.any(-1), center)
-        received = mask.expand(rows.shape).sum(-1)
-        kept = best_set("mda", rows, received, self.byzantine, worth)
-        return or_center(masked_mean(x, kept), rows.any(-1), center)
-
-    def everyone(self, x: Stack, mask: Mask) -> Stack:
-        return same_for_all(self, x, mask)
+        return masked_mean(x, best_set("mda", rows, received, self.byzantine, worth))
 
     def tolerates(self, rows: int) -> int:
         return self.byzantine if rows > 2 * self.byzantine else 0
@@ -75,3 +56,6 @@ class MDA:
         good = kept - bad
         moved = bad / kept * math.sqrt(2 * honest)
         return (moved + math.sqrt(max(0, honest - good) / good)) ** 2
+
+    def breaks_at(self, rows: int) -> int:
+        return set_breaks_at(rows, self.byzantine)

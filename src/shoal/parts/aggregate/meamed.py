@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+
+from torch import Tensor
 
 from shoal.parts.aggregate._values import mean_near, near_pivot
-from shoal.parts.aggregate.base import need_count, same_for_all
-from shoal.parts.aggregate.median import Median, middle
-from shoal.tensor.stack import or_center, usable
-from shoal.tensor.types import Mask, Stack, Vector, Weight
+from shoal.parts.aggregate.base import Told
+from shoal.parts.aggregate.median import Median
+from shoal.tensor.stack import middle_places
+from shoal.tensor.types import Mask, Stack, Vector
 
 
 @dataclass(frozen=True)
-class Meamed:
+class Meamed(Told):
     """Of each coordinate, the mean of the values nearest to its median, all but `byzantine`.
 
     x: [..., k, dim]; weights are ignored. Of n rows received n - byzantine values are averaged (at
@@ -27,24 +28,9 @@ class Meamed:
     tensor([1.])
     """
 
-    byzantine: int = 1
-
-    examples: ClassVar[tuple[dict[str, Any], ...]] = ({"byzantine": 2}, {"byzantine": 0})
-    centered: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        need_count("meamed", "byzantine", self.byzantine, 0, "how many peers may be faulty")
-
-    def __call__(
-        self, x: Stack, *, mask: Mask, weight: Weight | None = None, center: Vector | None = None
-    ) -> Vector:
-        x, rows = usable(x, mask)
-        keep = (mask.expand(rows.shape).sum(-1) - self.byzantine).clamp(min=1)
-        near = mean_near(x, rows, middle(x, rows), keep, self.byzantine)
-        return or_center(near, rows.any(-1), center)
-
-    def everyone(self, x: Stack, mask: Mask) -> Stack:
-        return same_for_all(self, x, mask)
+    def combined(self, x: Stack, rows: Mask, received: Tensor) -> Vector:
+        keep = (received - self.byzantine).clamp(min=1)
+        return mean_near(x, rows, middle_places(rows), keep, self.byzantine)
 
     def tolerates(self, rows: int) -> int:
         return max(0, min(self.byzantine, (rows - 1) // 2))
@@ -54,3 +40,6 @@ class Meamed:
         bad = self.tolerates(rows)
         around = 2.0 * (rows - bad) / (rows - 2 * bad) if bad else Median().kappa(rows)
         return near_pivot(rows - bad, max(1, rows - self.byzantine), bad, around)
+
+    def breaks_at(self, rows: int) -> int:
+        return self.tolerates(rows) + 1

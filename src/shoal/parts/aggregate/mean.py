@@ -85,6 +85,9 @@ class Mean:
     def kappa(self, rows: int) -> float:
         return 0.0
 
+    def breaks_at(self, rows: int) -> int:
+        return 1
+
 
 def _product(weight: Tensor, x: Tensor) -> Tensor:
     if weight.layout == torch.strided:

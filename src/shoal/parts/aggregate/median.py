@@ -5,15 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
-
-from shoal.parts.aggregate.base import same_for_all
-from shoal.tensor.stack import or_center, ordered_mean, usable
-from shoal.tensor.types import Mask, Stack, Vector, Weight
+from shoal.parts.aggregate.base import ByPlace
+from shoal.tensor.stack import middle_places, ordered_mean
+from shoal.tensor.types import Mask, Stack, Vector
 
 
 @dataclass(frozen=True)
-class Median:
+class Median(ByPlace):
     """The middle value of each coordinate, or the mean of the two middle ones.
 
     x: [..., k, dim]; weights are ignored, rows that are not finite are absent. Breaks when half of
@@ -26,23 +24,9 @@ class Median:
     """
 
     examples: ClassVar[tuple[dict[str, Any], ...]] = ({},)
-    centered: ClassVar[bool] = False
 
-    def __call__(
-        self, x: Stack, *, mask: Mask, weight: Weight | None = None, center: Vector | None = None
-    ) -> Vector:
-        x, rows = usable(x, mask)
-        return or_center(middle(x, rows), rows.any(-1), center)
-
-    def everyone(self, x: Stack, mask: Mask) -> Stack:
-        return same_for_all(self, x, mask)
-
-    def among(self, x: Stack, heard: Mask) -> Stack:
-        """All receivers, without a copy of the rows for each."""
-        own = x
-        x, good = usable(x, torch.ones_like(x[..., 0], dtype=torch.bool))
-        rows = heard.expand(*good.shape, good.shape[-1]) & good.unsqueeze(-2)
-        return or_center(middle(x.unsqueeze(-3), rows), rows.any(-1), own)
+    def values(self, x: Stack, rows: Mask) -> Vector:
+        return middle(x, rows)
 
     def tolerates(self, rows: int) -> int:
         return max(0, (rows - 1) // 2)
@@ -55,12 +39,12 @@ class Median:
         bad = self.tolerates(rows)
         return 2.0 * (rows - bad) / (rows - 2 * bad)
 
+    def breaks_at(self, rows: int) -> int:
+        return self.tolerates(rows) + 1
+
 
 def middle(x: Stack, rows: Mask) -> Vector:
     """Coordinate-wise median of the rows that count; x as `usable` returns it, rows [..., k] may
     have more leading axes. Zeros when no row counts.
     """
-    count = rows.sum(-1, keepdim=True)
-    place = torch.arange(x.shape[-2], device=x.device)
-    chosen = (place == (count - 1) // 2) | (place == count // 2)
-    return ordered_mean(x, rows, (chosen & (count > 0)).to(torch.float64))
+    return ordered_mean(x, rows, middle_places(rows))

@@ -5,14 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from shoal.parts.aggregate.base import need_count, same_for_all
-from shoal.parts.aggregate.krum import scores
-from shoal.tensor.stack import masked_mean, nearest, or_center, usable
-from shoal.tensor.types import Mask, Stack, Vector, Weight
+from torch import Tensor
+
+from shoal.parts.aggregate.base import Told, need_count
+from shoal.parts.aggregate.krum import best_score_at, scores
+from shoal.tensor.stack import masked_mean, nearest
+from shoal.tensor.types import Mask, Stack, Vector
 
 
 @dataclass(frozen=True)
-class MultiKrum:
+class MultiKrum(Told):
     """Mean of the `keep` rows with the smallest Krum scores.
 
     x: [..., k, dim]. `keep=None` keeps n - byzantine - 2 of n rows received (at least one);
@@ -26,7 +28,6 @@ class MultiKrum:
     tensor([1.2500])
     """
 
-    byzantine: int = 1
     keep: int | None = None
 
     examples: ClassVar[tuple[dict[str, Any], ...]] = (
@@ -34,26 +35,17 @@ class MultiKrum:
         {"byzantine": 2, "keep": 3},
         {"byzantine": 0},
     )
-    centered: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        need_count("multi_krum", "byzantine", self.byzantine, 0, "how many peers may be faulty")
+        super().__post_init__()
         if self.keep is not None:
             need_count("multi_krum", "keep", self.keep, 1, "rows averaged; None chooses")
 
-    def __call__(
-        self, x: Stack, *, mask: Mask, weight: Weight | None = None, center: Vector | None = None
-    ) -> Vector:
-        x, rows = usable(x, mask)
-        received = mask.expand(rows.shape).sum(-1)
+    def combined(self, x: Stack, rows: Mask, received: Tensor) -> Vector:
         keep = self.keep
         if keep is None:
             keep = (received - self.byzantine - 2).clamp(min=1)
-        chosen = nearest(scores(x, rows, received, self.byzantine), keep)
-        return or_center(masked_mean(x, chosen), rows.any(-1), center)
-
-    def everyone(self, x: Stack, mask: Mask) -> Stack:
-        return same_for_all(self, x, mask)
+        return masked_mean(x, nearest(scores(x, rows, received, self.byzantine), keep))
 
     def tolerates(self, rows: int) -> int:
         room = self.byzantine if self.keep is None else rows - self.keep
@@ -63,3 +55,8 @@ class MultiKrum:
         """As for `Krum`: the i-th best score is at most the i-th best honest one."""
         bad = self.tolerates(rows)
         return 6.0 * (rows - bad) / max(1, rows - self.byzantine - 2 - bad)
+
+    def breaks_at(self, rows: int) -> int:
+        """Fewer honest rows than are averaged, or as for `Krum`."""
+        keep = max(1, rows - self.byzantine - 2) if self.keep is None else self.keep
+        return min(max(1, rows - keep + 1), best_score_at(rows, self.byzantine))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from shoal.base.errors import UsageError
-from shoal.parts.aggregate.base import around_pivot, need_count
+from shoal.parts.aggregate.base import around_pivot, need_count, need_told
 from shoal.rounds.attack import View
 from shoal.tensor.stack import (
     distances_to,
@@ -53,7 +53,7 @@ class NNA:
     centered: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        need_count("nna", "byzantine", self.byzantine, 0, "how many peers may be faulty")
+        need_told(self, self.byzantine)
         if self.expect is not None:
             need_count(
                 "nna", "expect", self.expect, 2 * self.byzantine + 1, "more than 2*byzantine rows"
@@ -102,6 +102,10 @@ class NNA:
         """For the worst-placed honest receiver; over receivers, 8f/(n - f) on average."""
         bad = self.tolerates(rows)
         return around_pivot(rows - bad, max(1, rows - self._faults(rows)), bad)
+
+    def breaks_at(self, rows: int) -> int:
+        """One more than are left out."""
+        return min(rows, self._faults(rows) + 1)
 
 
 def pivoted(square: Tensor, rows: Mask) -> Tensor:

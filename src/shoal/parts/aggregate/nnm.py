@@ -7,21 +7,15 @@ from typing import Any, ClassVar
 
 import torch
 
-from shoal.base.errors import UsageError
-from shoal.parts.aggregate.base import (
-    Settings,
-    frozen,
-    need_count,
-    rule_named,
-    same_for_all,
-)
+from shoal.parts.aggregate._before import Before
+from shoal.parts.aggregate.base import Settings
 from shoal.parts.aggregate.nna import pivoted
 from shoal.tensor.stack import nearest, squared_distances, usable
-from shoal.tensor.types import Mask, Stack, Vector, Weight
+from shoal.tensor.types import Mask, Stack
 
 
 @dataclass(frozen=True)
-class NNM:
+class NNM(Before):
     """Each row is replaced by the mean of its nearest rows; another rule combines these means.
 
     x: [..., k, dim]. Of r rows received each mean takes r - byzantine, the row itself first. `then`
@@ -49,49 +43,16 @@ class NNM:
         {"byzantine": 0, "then": "mean"},
     )
 
-    def __post_init__(self) -> None:
-        need_count("nnm", "byzantine", self.byzantine, 0, "how many peers may be faulty")
-        object.__setattr__(self, "settings", frozen(self.settings))
-        if self.then == "nnm":
-            raise UsageError("nnm: then='nnm' mixes twice; need another rule, such as trimmed_mean")
-        _ = self.rule
-
-    @property
-    def rule(self) -> Any:
-        """The rule that follows."""
-        return rule_named(self.then, self.settings, self.byzantine)
-
-    @property
-    def centered(self) -> bool:
-        return self.rule.centered
-
-    def mixed(self, x: Stack, mask: Mask) -> Stack:
-        """The means [..., k, dim], NaN for rows that are absent or not finite."""
+    def before(self, x: Stack, mask: Mask) -> tuple[Stack, Mask]:
+        """The means [..., k, dim]."""
         x, rows = usable(x, mask)
         keep = (mask.expand(rows.shape).sum(-1) - self.byzantine).clamp(min=1)
         both = rows.unsqueeze(-1) & rows.unsqueeze(-2)
         square = pivoted(squared_distances(x, rows), both)
         kept = nearest(square, keep.unsqueeze(-1).expand(rows.shape)).to(x.dtype)
-        mean = (kept / kept.sum(-1, keepdim=True).clamp(min=1)) @ x
-        nothing = torch.full((), float("nan"), dtype=x.dtype, device=x.device)
-        return torch.where(rows.unsqueeze(-1), mean, nothing)
-
-    def __call__(
-        self, x: Stack, *, mask: Mask, weight: Weight | None = None, center: Vector | None = None
-    ) -> Vector:
-        return self.rule(self.mixed(x, mask), mask=mask, weight=weight, center=center)
-
-    def everyone(self, x: Stack, mask: Mask) -> Stack:
-        if not self.centered:
-            return same_for_all(self, x, mask)
-        means = self.mixed(x, mask).unsqueeze(-3)
-        seen = means.expand(*x.shape[:-1], *x.shape[-2:])
-        return self.rule(seen, mask=mask.unsqueeze(-2), center=x)
-
-    def tolerates(self, rows: int) -> int:
-        # Around an own vector that was not mixed itself, the means need not lie evenly.
-        limit = 0 if self.centered else self.rule.tolerates(rows)
-        return self.byzantine if self.byzantine <= min(limit, (rows - 1) // 2) else 0
+        # A row that does not count gives NaN by its share, which spares a look at all its numbers.
+        share = kept / kept.sum(-1, keepdim=True).clamp(min=1)
+        return torch.where(rows.unsqueeze(-1), share, float("nan")) @ x, mask
 
     def kappa(self, rows: int) -> float:
         """8 b/(n - b) (kappa of the rule + 1), b = byzantine (the paper's theorem 1).
@@ -102,3 +63,8 @@ class NNM:
         if self.tolerates(rows) < self.byzantine:
             return float("inf")
         return 8 * self.byzantine / (rows - self.byzantine) * (self.rule.kappa(rows) + 1)
+
+    def breaks_at(self, rows: int) -> int | None:
+        """With more than `byzantine` far rows every mean takes one in."""
+        after = self.rule.breaks_at(rows)
+        return None if after is None else min(self.byzantine + 1, after)

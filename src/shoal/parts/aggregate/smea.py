@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from shoal.parts.aggregate._subsets import best_set
-from shoal.parts.aggregate.base import bounded_products, need_count, same_for_all
-from shoal.tensor.stack import masked_mean, or_center, usable
-from shoal.tensor.types import Mask, Stack, Vector, Weight
+from shoal.parts.aggregate._subsets import best_set, set_breaks_at
+from shoal.parts.aggregate.base import Told, bounded_products
+from shoal.tensor.stack import masked_mean
+from shoal.tensor.types import Mask, Stack, Vector
 
 
 @dataclass(frozen=True)
-class SMEA:
+class SMEA(Told):
     """Mean of the set of all rows but `byzantine` that vary least in their worst direction.
 
     x: [..., k, dim]; weights are ignored. The worst direction is the one of the largest eigenvalue
@@ -31,20 +30,7 @@ class SMEA:
     tensor([1.])
     """
 
-    byzantine: int = 1
-
-    examples: ClassVar[tuple[dict[str, Any], ...]] = ({"byzantine": 2}, {"byzantine": 0})
-    centered: ClassVar[bool] = False
-
-    def __post_init__(self) -> None:
-        need_count("smea", "byzantine", self.byzantine, 0, "how many peers may be faulty")
-
-    def __call__(
-        self, x: Stack, *, mask: Mask, weight: Weight | None = None, center: Vector | None = None
-    ) -> Vector:
-        x, rows = usable(x, mask)
-        if not x.shape[-2]:
-            return or_center(x.sum(-2), rows.any(-1), center)
+    def combined(self, x: Stack, rows: Mask, received: Tensor) -> Vector:
         inner = bounded_products(x, rows)
 
         def worth(kept: Mask, order: Tensor) -> tuple[Tensor, Tensor]:
@@ -60,12 +46,7 @@ class SMEA:
             trace = around.diagonal(dim1=-2, dim2=-1).sum(-1)
             return torch.linalg.eigvalsh(around)[..., -1], trace
 
-        received = mask.expand(rows.shape).sum(-1)
-        kept = best_set("smea", rows, received, self.byzantine, worth)
-        return or_center(masked_mean(x, kept), rows.any(-1), center)
-
-    def everyone(self, x: Stack, mask: Mask) -> Stack:
-        return same_for_all(self, x, mask)
+        return masked_mean(x, best_set("smea", rows, received, self.byzantine, worth))
 
     def tolerates(self, rows: int) -> int:
         return self.byzantine if rows > 2 * self.byzantine else 0
@@ -81,3 +62,6 @@ class SMEA:
         good = kept - bad
         moved = math.sqrt(bad * honest / (good * kept))
         return (moved + math.sqrt(max(0, honest - good) / good)) ** 2
+
+    def breaks_at(self, rows: int) -> int:
+        return set_breaks_at(rows, self.byzantine)

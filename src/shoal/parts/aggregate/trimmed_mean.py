@@ -5,15 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
-
-from shoal.parts.aggregate.base import need_count, same_for_all
-from shoal.tensor.stack import or_center, ordered_mean, usable
-from shoal.tensor.types import Mask, Stack, Vector, Weight
+from shoal.parts.aggregate.base import ByPlace, need_count
+from shoal.tensor.stack import ordered_mean, trimmed_places
+from shoal.tensor.types import Mask, Stack, Vector
 
 
 @dataclass(frozen=True)
-class TrimmedMean:
+class TrimmedMean(ByPlace):
     """Mean of what is left of each coordinate without its `trim` largest and smallest values.
 
     x: [..., k, dim]; weights are ignored, rows that are not finite are absent. With 2*trim or fewer
@@ -28,33 +26,12 @@ class TrimmedMean:
     trim: int = 1
 
     examples: ClassVar[tuple[dict[str, Any], ...]] = ({"trim": 2}, {"trim": 0})
-    centered: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         need_count("trimmed_mean", "trim", self.trim, 0, "values dropped at each end")
 
-    def __call__(
-        self, x: Stack, *, mask: Mask, weight: Weight | None = None, center: Vector | None = None
-    ) -> Vector:
-        x, rows = usable(x, mask)
-        return or_center(self._mean(x, rows), rows.any(-1), center)
-
-    def everyone(self, x: Stack, mask: Mask) -> Stack:
-        return same_for_all(self, x, mask)
-
-    def among(self, x: Stack, heard: Mask) -> Stack:
-        """All receivers, without a copy of the rows for each."""
-        own = x
-        x, good = usable(x, torch.ones_like(x[..., 0], dtype=torch.bool))
-        rows = heard.expand(*good.shape, good.shape[-1]) & good.unsqueeze(-2)
-        return or_center(self._mean(x.unsqueeze(-3), rows), rows.any(-1), own)
-
-    def _mean(self, x: Stack, rows: Mask) -> Vector:
-        count = rows.sum(-1, keepdim=True)
-        trim = ((count - 1) // 2).clamp(min=0, max=self.trim)
-        place = torch.arange(x.shape[-2], device=x.device)
-        kept = (place >= trim) & (place < count - trim)
-        return ordered_mean(x, rows, kept.to(torch.float64))
+    def values(self, x: Stack, rows: Mask) -> Vector:
+        return ordered_mean(x, rows, trimmed_places(rows, self.trim))
 
     def tolerates(self, rows: int) -> int:
         return max(0, min(self.trim, (rows - 1) // 2))
@@ -77,3 +54,6 @@ class TrimmedMean:
                 bound = min(bound, 2 * honest / (count - 2 * (bad - absent)))
             worst = max(worst, bound)
         return worst
+
+    def breaks_at(self, rows: int) -> int:
+        return self.tolerates(rows) + 1

@@ -100,6 +100,16 @@ class VarianceCorrected:
             goal = Mean().mix(weight, self._variance(x), own)
         return self._rescaled(mean, goal)
 
+    def tolerates(self, rows: int) -> int:
+        return 0
+
+    def kappa(self, rows: int) -> float:
+        """Infinite: a variance that is corrected is no mean even of rows that are all honest."""
+        return float("inf")
+
+    def breaks_at(self, rows: int) -> int:
+        return 1
+
     def _variance(self, x: Tensor) -> Tensor:
         """Of each named tensor: [..., dim] -> float64 [..., tensors]."""
         assert self.layout is not None
