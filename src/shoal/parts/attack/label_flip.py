@@ -5,12 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-import torch
-
-from shoal.base.errors import UsageError
+from shoal.parts.attack._own_data import classes_of, labels_of
 from shoal.rounds.attack import Knowledge, View
 from shoal.rounds.task import Shard, Task
-from shoal.tensor.keyed import grid
 from shoal.tensor.types import Key, Stack
 
 
@@ -22,6 +19,7 @@ class LabelFlip:
     0..c-1. With an odd number of classes the middle one stays. Source: Tolpegin et al. 2020; the
     mirrored form is that of Farhadkhani et al. 2023 (arXiv 2209.10931), section 6.
 
+    >>> import torch
     >>> from shoal.tensor.keyed import key_of
     >>> own = torch.ones(1, 2)
     >>> LabelFlip()(View(honest=own, own=own, round=0), key_of(0))
@@ -36,23 +34,6 @@ class LabelFlip:
         return view.own
 
     def poison(self, task: Task, shard: Shard, key: Key) -> Shard:
-        classes = getattr(task, "classes", None)
-        if classes is None:
-            raise UsageError(
-                f"label_flip: {type(task).__name__} has no `classes`; need a classification task"
-            )
-        labels = _labels(task, shard, key)
-        if labels.is_floating_point():
-            raise UsageError(f"label_flip: labels are {labels.dtype}; need whole numbers 0..c-1")
+        classes = classes_of("label_flip", task)
+        labels = labels_of("label_flip", task, shard, key)
         return replace(shard, labels=classes - 1 - labels)
-
-
-def _labels(task: Task, shard: Shard, key: Key) -> torch.Tensor:
-    if shard.labels is not None:
-        return shard.labels
-    # A task hands out targets in batches only, in an order of its own. One shard per sample, each
-    # with a batch of one, brings them in the order of the index.
-    most = shard.index.shape[-1]
-    single = Shard(index=shard.index.unsqueeze(-1), size=torch.ones_like(shard.index))
-    keys = grid(key.expand(shard.index.shape[:-1]), most)
-    return task.batch(single, keys, 1).y.squeeze(shard.index.dim())

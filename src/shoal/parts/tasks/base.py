@@ -203,11 +203,11 @@ class ModuleTask:
         if shard.inputs is None:
             x = self.x.index_select(0, flat).view(*index.shape, *self.x.shape[1:])
         else:
-            x = _gather_labels(shard.inputs, place)
+            x = _gather_rows(shard.inputs, place)
         if shard.labels is None:
             y = self.y.index_select(0, flat).view(*index.shape, *self.y.shape[1:])
         else:
-            y = _gather_labels(shard.labels, place)
+            y = _gather_rows(shard.labels, place)
         return Batch(x, y, mask)
 
     def held(self, shard: Shard) -> Batch:
@@ -431,7 +431,8 @@ def _range(count: int, key: Key) -> Tensor:
     return torch.arange(count, device=key.device)
 
 
-def _gather_labels(labels: Tensor, place: Index) -> Tensor:
+def _gather_rows(labels: Tensor, place: Index) -> Tensor:
+    """Labels, or samples, [..., most, *] at some places of each shard."""
     extra = labels.dim() - place.dim()
     index = place.view(*place.shape, *(1,) * extra)
     index = index.expand(*place.shape, *labels.shape[place.dim() :])
