@@ -9,9 +9,9 @@ learns all ten.
 
 The arms compare it with plain means, the median, Krum, BRIDGE (the trimmed mean over neighbours)
 and MOZI, each with the same frozen features ("head") and as published, on the whole network. With
-`--set topology='{name = "one_target", choice = "random"}'` a peer sends to one other at a time
-("turns" and "ring" are the other choices). From Python, `shoal.parts.screening.heads.Heads` is the
-inbox of one peer for a head of your own.
+`--set topology=one_target` a peer sends to one other at a time, a random one unless
+`--set topology.choice=turns` or `ring` says otherwise. From Python,
+`shoal.parts.screening.heads.Heads` is the inbox of one peer for a head of your own.
 
 Verbraeken et al. 2021 (arXiv 2110.11006).
 """
