@@ -36,10 +36,11 @@ def share_text(share: float) -> str:
 def points(value: float) -> str:
     """A difference of shares in points, with its sign.
 
-    >>> points(-0.0213), points(0.0)
+    >>> points(-0.0213), points(-0.0001)
     ('-2.1', '+0.0')
     """
-    return "-" if not math.isfinite(value) else f"{100 * value:+.1f}"
+    # What rounds to zero has no sign of its own.
+    return "-" if not math.isfinite(value) else f"{round(100 * value, 1) + 0.0:+.1f}"
 
 
 def summary_table(matrix: Matrix, world: str) -> Table:
