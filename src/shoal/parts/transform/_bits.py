@@ -123,7 +123,7 @@ def unpack_integers(octets: np.ndarray, width: int, count: int, who: str) -> np.
     if width and width % 8 == 0 and len(octets) == packed_bytes(count, width):
         kind = _unsigned(width)
         full = np.zeros((count, kind.itemsize), np.uint8)
-        full[:, : width // 8] = octets.reshape(count, -1)
+        full[:, : width // 8] = octets.reshape(count, width // 8)
         values = full.view(kind).reshape(-1)
         return values if width == 8 else values.astype(np.int64)
     reader = Reader(octets, who)
