@@ -39,7 +39,7 @@ class Bristle:
     a linear layer; each peer needs samples of its own to test on (`task.own_tests`), and it is
     familiar with the classes that it has such samples of. With features frozen below (the task
     `transfer_digits`) the output layer is all there is. Parameters below an output layer that are
-    trained too belong to no class and are merged as foreign ones: not in the paper, and worse.
+    trained too belong to no class and are merged as foreign ones, which is not in the paper.
     A message is the vector, the classes of its sender (with "count" how many) and the fingerprint
     of the features; one with another fingerprint counts as not received.
     Breaks where peers' own tests are so few that F1 is noise.
