@@ -68,3 +68,16 @@ def copy_rate(size_bytes: int, repeats: int = 20) -> float:
             out.copy_(a)
         best = min(best, watch.cpu_s / 4)
     return 2.0 * a.nbytes / best
+
+
+def read_rate(size_bytes: int, repeats: int = 20) -> float:
+    """Bytes read per CPU second by a sum over this many."""
+    import torch
+
+    a = torch.zeros(max(1, size_bytes // 4))
+    best = float("inf")
+    for _ in range(repeats):
+        watch = Stopwatch()
+        a.sum()
+        best = min(best, watch.cpu_s)
+    return a.nbytes / best
