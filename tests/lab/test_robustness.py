@@ -400,7 +400,7 @@ def test_a_killed_matrix_goes_on_where_it_stopped(
         ({"rules": "krum,krum"}, "each once"),
         ({"rules": "nnm:then"}, "need name:key=value"),
         ({"rules": "krum:trim=2"}, "krum has no such setting"),
-        ({"rules": "nnm:then=nnm"}, "mixes twice"),
+        ({"rules": "nnm:then=nnm"}, "nnm: then=.nnm. .* twice"),
         ({"attacks": "alei"}, "--attacks alei: no such attack; did you mean 'alie'"),
         ({"shares": (1.0,)}, "--byzantine 1; need shares from 0 to below 1"),
         ({"shares": (-0.1,)}, "--byzantine -0.1; need shares"),
