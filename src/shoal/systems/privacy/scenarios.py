@@ -16,4 +16,9 @@ SCENARIOS = {
         exchange={"name": "star", "hub_works": False}, links="home",
         device={"name": "device", "flops_per_s": 1e8},
     ),
+    # Real 8x8 digits: the first peer's for training, the second's as canaries; 650 parameters.
+    "digits_audit": Scenario(
+        name="privacy.digits_audit", peers=2, rounds=20,
+        task={"name": "digits", "split": "iid", "hidden": []},
+    ),
 }  # fmt: skip
