@@ -20,6 +20,11 @@ from shoal.cli.app import app
 from shoal.engine.live import LiveSettings, join
 from shoal.world.record import Run
 
+LIARS = (
+    "--set", "topology=full", "--set", "task=digits", "--set", "byzantine=1", "--set",
+    "attack=min_max",
+)  # fmt: skip
+
 pytestmark = [pytest.mark.live, pytest.mark.timeout(120)]
 
 
@@ -57,6 +62,7 @@ def test_misuse_is_refused_with_the_rule_and_the_repair(tmp_path: Path) -> None:
         (("beats", "--carriers", "tcp,udp"), "--carriers tcp,udp; need tcp, quic or tcp,quic"),
         (("beats", "--upnp", "on"), 'upnp=\'on\' (use "off", "auto", or the IPv4 address of the'),
         (("beats", "--listen", "192.0.2.1:7000"), "cannot listen on 192.0.2.1:7000"),
+        (("dpsgd", "--peers", "4", *LIARS), "attack min_max: it sees the vectors of all honest"),
     ):
         done = peer(tmp_path, *words)
         assert done.returncode == 2, (words, done)

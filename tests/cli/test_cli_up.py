@@ -24,6 +24,11 @@ from shoal.lab.cell import Cell
 from shoal.lab.run import scenario_of
 from shoal.lab.up import Up
 
+LIARS = (
+    "--set", "topology=full", "--set", "task=digits", "--set", "byzantine=1", "--set",
+    "attack=min_max",
+)  # fmt: skip
+
 
 @pytest.fixture(autouse=True)
 def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -45,6 +50,7 @@ def test_misuse_is_refused_before_any_process_starts(workspace: Path) -> None:
         (("2", "beats", "--set", "baets=1"), "did you mean 'beats'?"),
         (("2", "beats", "--arm", "other"), "there is no such arm"),
         (("2", "beats", "--allow", "foes.txt"), "--allow foes.txt: No such file"),
+        (("4", "dpsgd", *LIARS), "attack min_max: it sees the vectors of all honest peers"),
         (("x", "beats"), "Invalid value for 'N'"),
     ):
         done = CliRunner().invoke(app, ["up", *words])

@@ -170,6 +170,24 @@ def _hints(cls: type[Any]) -> dict[str, Any]:
     return {f.name: hints.get(f.name, Any) for f in dataclasses.fields(cls) if f.init}
 
 
+def check_apart(scenario: Scenario) -> None:
+    """Raise UsageError for what peers in processes of their own cannot do.
+
+    An attack that sees all honest vectors would find its own alone there, and send honest work.
+    """
+    attack = scenario.attack
+    if not scenario.byzantine or not isinstance(attack, Part):
+        return
+    from shoal.rounds.attack import Knowledge
+
+    _, cls = _find("attack", attack.name, None)
+    if cls.knowledge is Knowledge.ALL:
+        raise UsageError(
+            f"attack {attack.name}: it sees the vectors of all honest peers, and a process has "
+            "only its own (take one that needs no more, such as sign_flip, or another engine)"
+        )
+
+
 def check(scenario: Scenario, where: Where | None = None) -> None:
     """Check every part of a scenario, with places: names, settings, types and values.
 

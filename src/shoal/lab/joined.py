@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from shoal.base.errors import UsageError
 from shoal.lab import launch as seam
+from shoal.lab.build import check_apart
 from shoal.lab.cell import Cell, make
 from shoal.lab.environment import version
 from shoal.lab.scenario import Scenario
@@ -88,6 +89,7 @@ def run_peer(
     if isinstance(made, Run):
         raise UsageError(f"{cell.arm}: a study has no peers (use `shoal run`)")
     what, scenario = made
+    check_apart(scenario)
     program, network, task = _program(what, scenario, cell.seed, durable=bool(store))
     own = None if task is None or observer is not None else _OwnModel(task)
     rows_seen = happenings_seen = 0

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from shoal.base.errors import UsageError
 from shoal.base.stopwatch import Stopwatch
 from shoal.lab import launch as seam
-from shoal.lab.build import build, check
+from shoal.lab.build import build, check, check_apart
 from shoal.lab.cell import Cell
 from shoal.world.record import Run
 
@@ -85,6 +85,7 @@ class Up:
                 "reach this machine (such as 192.168.1.5)"
             )
         check(cell.scenario)
+        check_apart(cell.scenario)
         self.cell = cell
         self.folder = folder
         self.rounds = cell.scenario.rounds
