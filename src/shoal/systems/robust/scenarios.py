@@ -16,8 +16,8 @@ SCENARIOS = {
         task={"name": "transfer_digits"}, topology={"name": "full"},
         exchange={"name": "gossip", "weighted": False},
     ),
-    # 40 peers on a random graph with very unequal label mixes of real 8x8 digits and a linear model;
-    # Sybils come with the arms, and what they want is measured with and without them.
+    # 40 peers on a random graph with very unequal label mixes of real 8x8 digits and a linear
+    # model; Sybils come with the arms, and what they want is measured with and without them.
     "digits_sybils": Scenario(
         name="robust.digits_sybils", peers=40, rounds=30, eval_every=10,
         measures=("attack_success",), attack={"name": "sybils"},
