@@ -90,7 +90,7 @@ def by_hand(history: np.ndarray, kappa: float) -> np.ndarray:
         return np.clip(kappa * (np.log(alpha / (1 - alpha)) + 0.5), 0, 1)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=25)
 @given(st.integers(2, 9), st.integers(2, 6), st.integers(0, 1000), st.sampled_from([0.3, 1.0, 3.0]))
 def test_scores_are_the_algorithm_s(n: int, dim: int, seed: int, kappa: float) -> None:
     history = np.random.default_rng(seed).normal(size=(n, dim))
@@ -113,7 +113,7 @@ def test_two_that_are_the_same_count_nothing_and_strangers_fully(dtype: torch.dt
     assert WALL.scores(history, known).tolist() == [1.0, 1.0, 1.0, 1.0, 0.0]
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=20)
 @given(st.integers(2, 8), st.integers(0, 1000))
 def test_scores_know_neither_lengths_nor_names(n: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
@@ -154,7 +154,7 @@ def test_near_histories_are_sent_exp_lam_times_as_often() -> None:
     assert count[1] / count[2] == pytest.approx(math.exp(0.8), rel=0.06)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=20)
 @given(st.integers(2, 9), st.integers(0, 10_000))
 def test_nothing_goes_back_to_whom_it_is_from_or_about(n: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
@@ -324,7 +324,7 @@ def test_stale_hearsay_expires_on_request() -> None:
     assert rule.address(state, torch.tensor([3]), step_of(9))["about"].tolist() == [2]
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=20)
 @given(st.integers(1, 5), st.integers(0, 1000), st.sampled_from(["mean", "krum"]))
 def test_weights_are_shares_and_the_own_is_no_less_than_equal(k: int, seed: int, mix: str) -> None:
     rng = np.random.default_rng(seed)
@@ -340,7 +340,7 @@ def test_weights_are_shares_and_the_own_is_no_less_than_equal(k: int, seed: int,
         torch.testing.assert_close(weight, score / score.sum())
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=20)
 @given(st.integers(1, 7), st.integers(0, 1000))
 def test_half_of_the_weight_lies_on_each_side_of_the_weighted_median(k: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
@@ -567,7 +567,7 @@ def outcome(rule: HistoryFilter, gossip: str) -> list[State]:
             return kept[-1]
 
     attack = {**ATTACK, "attack": Sybils(samples=20, gossip=gossip)}
-    run_lockstep([method_of(Watched(**vars(rule)), GRAPH, 6, **attack)], [network(12)])
+    run_lockstep([method_of(Watched(**vars(rule)), GRAPH, 5, **attack)], [network(12)])
     return kept
 
 
