@@ -13,6 +13,7 @@ from shoal.base.errors import UsageError
 from shoal.parts.privacy.ledger import ORDERS, Ledger
 from shoal.parts.privacy.tree_noise import TreeNoise, TreeRelease, TreeSums, tree_levels
 from shoal.tensor.keyed import fold, grid, key_of, normal
+from shoal.testing.pretend_device import check_device
 
 DIM = 3
 
@@ -123,3 +124,15 @@ def test_a_release_is_monotone_and_infinite_without_noise() -> None:
 def test_errors_name_the_argument(make, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         make()
+
+
+def test_the_same_noise_on_a_device_without_a_wait() -> None:
+    def steps(like: torch.Tensor, key: torch.Tensor) -> tuple[TreeSums, torch.Tensor]:
+        tree, out = TreeNoise(3, 2.0), []
+        sums = tree.init(like)
+        for term in range(5):
+            sums, step = tree.after(sums, fold(key, term))
+            out.append(step)
+        return sums, torch.stack(out)
+
+    assert not check_device(steps, torch.zeros(2, DIM), grid(key_of(1), 2)).waits
