@@ -20,8 +20,8 @@ from shoal.tensor.flat import FlatSpec
 from shoal.tensor.types import Stack
 
 FAULTY = 2
-DIMS, ROWS = (25_000, 50_000, 100_000, 200_000), (8, 16, 32, 64)
-FEW_ROWS, SHORT = 16, 20_000
+DIMS, ROWS = (50_000, 100_000, 200_000, 400_000), (8, 16, 32, 64)
+FEW_ROWS, SHORT = 16, 50_000
 _TURNS, _TURN_S = 5, 0.03
 
 IN_ROWS = {"smea": "<= 5.3", "mda": "<= 4.3", "caf": "<= 3.3", "bulyan": "<= 3.3", "flag": "<= 3.3"}

@@ -54,8 +54,11 @@ class FoolsGold(Plain):
             return shares(rows)
         length = lengths(x, rows)
         scale = torch.where(length > 0, length, 1.0).nan_to_num(nan=1.0).unsqueeze(-1)
-        unit = x.to(torch.float64) / scale
-        return scores_of(unit @ unit.mT, rows, self.confidence)
+        cosine = torch.zeros((*rows.shape, rows.shape[-1]), dtype=torch.float64, device=x.device)
+        for part in x.split(_WIDTH, -1):
+            unit = part.to(torch.float64) / scale
+            cosine += unit @ unit.mT
+        return scores_of(cosine, rows, self.confidence)
 
     def tolerates(self, rows: int) -> int:
         """Nothing is proven about the distance to the mean."""
@@ -68,6 +71,9 @@ class FoolsGold(Plain):
         """A single one that points its own way counts like the best."""
         return 1
 
+
+_WIDTH = 4096
+"""Coordinates converted to float64 at a time; a constant."""
 
 _ALIKE = {torch.float64: 1e-7, torch.float32: 1e-5}
 """Rounding of equal directions is no difference."""

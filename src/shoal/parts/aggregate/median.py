@@ -18,6 +18,7 @@ class Median(ByPlace):
     the rows are arbitrary; far from the mean when honest rows differ much (kappa does not vanish
     with fewer faults). Source: Yin et al. 2018, definition 1 (arXiv 1803.01498).
 
+    >>> import torch
     >>> x = torch.tensor([[0.0], [1.0], [9.0]])
     >>> Median()(x, mask=torch.ones(3, dtype=torch.bool))
     tensor([1.])

@@ -18,6 +18,7 @@ class TrimmedMean(ByPlace):
     rows present as many as possible are dropped, which leaves the median. Breaks when more than
     `trim` rows are arbitrary. Source: Yin et al. 2018, definition 2 (arXiv 1803.01498).
 
+    >>> import torch
     >>> x = torch.tensor([[0.0], [1.0], [2.0], [99.0]])
     >>> TrimmedMean(1)(x, mask=torch.ones(4, dtype=torch.bool))
     tensor([1.5000])
