@@ -154,8 +154,8 @@ def test_faults_mean_the_same(name, checkpoint):
 
 
 @pytest.mark.parametrize("rule", ["trimmed_mean", "median", "nna"])
-# label_flip poisons data, and a quadratic has no labels: the catalogue's tests climb with it.
-@pytest.mark.parametrize("attack", [name for name in names("attack") if name != "label_flip"])
+# Some poison labels, and a quadratic has none: the catalogue's tests climb with them.
+@pytest.mark.parametrize("attack", [name for name in names("attack") if "label" not in name])
 def test_attacks_agree(attack, rule):
     cls, robust = find("attack", attack), find("aggregate", rule)
     climb(

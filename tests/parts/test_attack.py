@@ -20,6 +20,7 @@ from shoal.parts.attack.gaussian import Gaussian
 from shoal.parts.attack.infinite import Infinite
 from shoal.parts.attack.inner_product import InnerProduct
 from shoal.parts.attack.label_flip import LabelFlip
+from shoal.parts.attack.label_flip_difference import LabelFlipDifference
 from shoal.parts.attack.mimic import Mimic
 from shoal.parts.attack.sign_flip import SignFlip
 from shoal.parts.attack.silent import Silent
@@ -316,3 +317,16 @@ def test_zeros_and_infinities(dtype: torch.dtype) -> None:
 def test_attacks_without_knowledge_refuse_bad_settings(make, says: str) -> None:
     with pytest.raises(UsageError, match=says):
         make()
+
+
+def test_the_difference_of_flipped_labels_is_what_it_says() -> None:
+    x = np.random.default_rng(4).normal(size=(3, 7, 4))
+    honest = torch.tensor(x)
+    honest[1, 2] = torch.nan
+    own = torch.tensor(x[:, :2] * 3)
+    sent = LabelFlipDifference()(View(honest=honest, own=own, round=0), keyed.grid(KEY, 3))
+    means = np.nanmean(honest.numpy(), axis=1, keepdims=True)
+    np.testing.assert_allclose(sent.numpy(), 3 * x[:, :2] - means)
+    shard = TASK.shard(torch.arange(2))
+    flipped = LabelFlipDifference().poison(TASK, shard, keyed.grid(KEY, 2))
+    assert torch.equal(flipped.labels, LabelFlip().poison(TASK, shard, keyed.grid(KEY, 2)).labels)

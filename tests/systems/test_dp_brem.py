@@ -14,6 +14,7 @@ from scipy import stats
 
 from shoal.base.errors import UsageError
 from shoal.parts import find
+from shoal.parts.attack.alie import believable
 from shoal.parts.attack.label_flip import LabelFlip
 from shoal.parts.privacy.momentum_accountant import momentum_epsilon
 from shoal.parts.privacy.poisson_sampling import drawn, sampled_gradient
@@ -25,7 +26,7 @@ from shoal.rounds.strategy import Step
 from shoal.rounds.task import Batch, Shard
 from shoal.systems.privacy._dp_brem_claims import DELTA, NOISE, ROUNDS, SIZES, P
 from shoal.systems.privacy._dp_brem_secure import compared
-from shoal.systems.privacy.dp_brem import RULES, SYSTEM, dp_brem, epsilons
+from shoal.systems.privacy.dp_brem import ATTACKS, RULES, SYSTEM, dp_brem, epsilons
 from shoal.tensor import keyed
 from shoal.testing.ladder import check_strategy
 from shoal.world.device import Device
@@ -318,3 +319,7 @@ def test_a_delta_that_allows_to_publish_a_record_is_warned_of() -> None:
 def test_errors_name_the_argument(make, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         make()
+
+
+def test_alie_goes_four_times_as_far_as_a_majority_believes() -> None:
+    assert ATTACKS["alie"]["z"] == pytest.approx(-4 * believable(15, 5), abs=1e-3)
