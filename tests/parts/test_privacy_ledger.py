@@ -18,7 +18,7 @@ from shoal.parts.privacy.ledger import FINE_ORDERS, ORDERS, Ledger, noise_for
 from shoal.parts.privacy.sampled_gaussian import GaussianRelease, sampled_gaussian_renyi
 from shoal.parts.privacy.tree_noise import TreeRelease
 
-NOISES = (0.4, 0.8, 1.1, 2.0, 5.0)
+NOISES = (0.5, 1.1, 4.0)
 SHARES = (0.001, 0.01, 0.1, 0.5, 0.9, 1.0)
 ROUNDS = (1, 100, 5000)
 

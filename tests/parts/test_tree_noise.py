@@ -39,7 +39,7 @@ def nodes_of(terms: int) -> list[tuple[int, int]]:
 
 
 @given(leaves=st.integers(1, 20), trees=st.integers(1, 3))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 def test_running_sums_carry_the_noises_of_their_nodes(leaves: int, trees: int) -> None:
     """A node's noise is drawn with the term that completes it."""
     key = key_of(4)

@@ -104,7 +104,7 @@ def privacy_audit(
     key = keyed.key_of(scenario.seed, "privacy audit", device=task.x.device)
     run = Run(engine="study", seed=scenario.seed, peers=scenario.peers)
     with one_thread():
-        world = Canaries.of(task, records, 1)
+        world, bright = Canaries.of(task, records, 1), Canaries.bright(task, records, canaries)
         many = many_runs(world, real, rounds, runs, key)
         numbers = {"claimed": claimed.epsilon(rounds, delta), "one_run_bound": 0.0}
         seen = (many.included, delta, confidence)
@@ -116,7 +116,7 @@ def privacy_audit(
         if draws == "poisson":
             # As many records more are there, and the step is over all of them.
             whole = replace(real, records=records + canaries // 2)
-            once = one_run(Canaries.bright(task, records, canaries), whole, rounds, key)
+            once = one_run(bright, whole, rounds, key)
             numbers["one_run_bound"] = one_run_epsilon(once.steps, once.included, delta, confidence)
         numbers["accuracy"] = many.accuracy
     run.rows.extend(Row(name, float(value), 0.0) for name, value in numbers.items())
