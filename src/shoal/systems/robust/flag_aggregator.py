@@ -50,8 +50,11 @@ RULES: Mapping[str, Mapping[str, Any]] = {
     "phocas": {"name": "phocas", "byzantine": FAULTY},
 }
 """What Flag is compared with; `normalised` has room for all directions, so it is their mean."""
-RATE = 0.4
-"""The server's learning rate."""
+RATES: Mapping[str, float] = {
+    "flag": 0.8, "normalised": 0.8, "oracle": 0.4, "mean": 0.2, "median": 0.4, "trimmed": 0.8,
+    "multikrum": 0.4, "bulyan": 0.4, "meamed": 0.4, "phocas": 0.4,
+}  # fmt: skip
+"""The server's learning rate by rule."""
 BASELINES = ("median", "trimmed", "multikrum", "bulyan", "meamed", "phocas")
 GRID = ("uniform", "reverse", "noisy", "uniform lossy", "reverse lossy", "noisy lossy")
 _TROUBLE: Mapping[str, Mapping[str, Any]] = {
@@ -74,11 +77,11 @@ _HOST: Mapping[str, Any] = {
 }  # fmt: skip
 
 
-def _arm(rule: str, trouble: str, rate: float = RATE) -> Arm:
+def _arm(rule: str, trouble: str, rate: float | None = None) -> Arm:
     """A rule at the server in a kind of trouble, " lossy" if links lose 40% of all coordinates."""
     world = dict(_TROUBLE[trouble.removesuffix(" lossy")])
     world |= _LOSSY if trouble.endswith(" lossy") else {}
-    server = {**_HOST, "outer_lr": rate}
+    server = {**_HOST, "outer_lr": RATES[rule] if rate is None else rate}
     if rule == "flag":
         return Arm(host=server, scenario=world)
     if rule == "oracle":
@@ -285,6 +288,9 @@ SYSTEM = System(
             measure=bytes_to_target,
             at="figure 5",
             scale="full",
+            expected="fails",
+            reason="14, 16 and 14 rounds where the mean takes 10, 16 and 12, and every second one is "
+            "evaluated: 1.4, 1.0 and 1.17",
         ),
         Claim(
             "scaling-alone",
@@ -300,12 +306,11 @@ SYSTEM = System(
         "ResNet-18 on CIFAR-10: the rule sees nothing but inner products of 15 gradients.",
         "the server holds a sixteenth of the data, of which it makes no use.",
         "the server's momentum is Nesterov's, and weight decay is added by the workers.",
-        "one learning rate for all: of 0.05, 0.1, 0.2, 0.4 and 0.8 the best for Flag, unit "
-        "gradients, the honest mean and Multi-Krum (uniform noise, seed 100, 60 rounds); the other "
-        "rules were not tuned apart.",
+        "learning rates: of 0.05, 0.1, 0.2, 0.4 and 0.8 each rule has the one with the best mean "
+        "over the seven kinds of trouble (seed 100, 60 rounds).",
         "noisy workers learn from eight fixed noisy copies of each image, not fresh noise.",
-        "with 6 of 15 workers sending uniform noise Flag ends at 0.939 and Multi-Krum that expects "
-        "6 at 0.950, with 5 workers whose links corrupt 40% both at 0.955 (one seed).",
+        "with 6 of 15 workers sending uniform noise Flag ends at 0.889 and Multi-Krum that expects "
+        "6 at 0.944, with 5 workers whose links corrupt 40% at 0.930 and 0.947 (medians).",
         "the grid is run where it is hardest, 3 faulty workers, without loss and with 40%.",
     ),
     small=Budget(
