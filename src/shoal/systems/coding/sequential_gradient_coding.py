@@ -287,7 +287,10 @@ SYSTEM = System(
         Claim(
             "m-against-replicated", "With slow states of 1.5 rounds M-SGC takes no more time than "
             "the best replication",
-            at_most(1.0), measure=measured.m_over_replicated,
+            at_most(1.0), measure=measured.m_over_replicated, expected="fails",
+            reason="1.29 on seed 0: stragglers that are independent seldom are all the workers of "
+            "a group, so that two copies do; where neighbours are late together (see worst-case) "
+            "they do not",
         ),
         Claim(
             "worst-case", "With the worst stragglers that it is made for, 4 neighbours late in "

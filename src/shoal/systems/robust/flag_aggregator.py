@@ -289,7 +289,7 @@ SYSTEM = System(
             at="figure 5",
             scale="full",
             expected="fails",
-            reason="14, 16 and 14 rounds where the mean takes 10, 16 and 12, and every second one is "
+            reason="14, 16 and 14 rounds where the mean takes 10, 16 and 12; every second one is "
             "evaluated: 1.4, 1.0 and 1.17",
         ),
         Claim(
