@@ -155,7 +155,7 @@ def test_faults_mean_the_same(name, checkpoint):
 
 
 def of_vectors(name: str) -> bool:
-    """Whether it leaves data alone; a quadratic has no labels, so the catalogue climbs with others."""
+    """Whether it leaves data alone: a quadratic has no labels, the catalogue climbs with others."""
     cls = find("attack", name)
     attack = cls(**cls.examples[0])
     return type(getattr(attack, "attack", attack)).poison is clean_data
