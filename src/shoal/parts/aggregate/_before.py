@@ -16,7 +16,7 @@ from shoal.parts.aggregate.base import (
     rule_named,
     same_for_all,
 )
-from shoal.tensor.stack import certain
+from shoal.tensor.stack import certain, usable
 from shoal.tensor.types import Mask, Stack, Vector, Weight
 
 _PIECE = 512
@@ -82,6 +82,17 @@ class Before:
         # Around an own vector that was not changed itself, the changed rows need not lie evenly.
         limit = 0 if self.centered else self.rule.tolerates(rows)
         return self.byzantine if self.byzantine <= min(limit, (rows - 1) // 2) else 0
+
+
+def measured(x: Stack, mask: Mask) -> tuple[Stack, Mask, Tensor]:
+    """(`usable` rows, which ones count, their lengths)."""
+    if x.is_cpu and mask.dim() < x.dim() and certain(mask):
+        length = _length(x)
+        # A row with a number that is not finite has no such length: no other look is needed.
+        if certain((length > _SMALL) & (length < _LARGE)):
+            return x, mask.expand(x.shape[:-1]), length
+    x, rows = usable(x, mask)
+    return x, rows, lengths(x, rows)
 
 
 def lengths(x: Stack, rows: Mask) -> Tensor:

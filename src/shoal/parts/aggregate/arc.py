@@ -9,9 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from shoal.parts.aggregate._before import Before, lengths, shortened
+from shoal.parts.aggregate._before import Before, measured, shortened
 from shoal.parts.aggregate.base import Settings
-from shoal.tensor.stack import usable
 from shoal.tensor.types import Mask, Scalar, Stack
 
 
@@ -46,8 +45,7 @@ class ARC(Before):
 
     def before(self, x: Stack, mask: Mask) -> tuple[Stack, Mask]:
         """The rows with the longest shortened."""
-        x, rows = usable(x, mask)
-        length = lengths(x, rows)
+        x, rows, length = measured(x, mask)
         received = mask.expand(rows.shape).sum(-1)
         absent = received - rows.sum(-1)
         limit = _largest_but(length, rows, (self._cut(received) - absent).clamp(min=0))

@@ -8,9 +8,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from shoal.parts.aggregate._before import Before, lengths, shortened
+from shoal.parts.aggregate._before import Before, measured, shortened
 from shoal.parts.aggregate.base import Settings, need_positive
-from shoal.tensor.stack import usable
 from shoal.tensor.types import Mask, Stack
 
 
@@ -48,8 +47,7 @@ class Clipping(Before):
 
     def before(self, x: Stack, mask: Mask) -> tuple[Stack, Mask]:
         """Rows no longer than the radius."""
-        x, rows = usable(x, mask)
-        length = lengths(x, rows)
+        x, rows, length = measured(x, mask)
         limit = torch.full(length.shape[:-1], self.radius, dtype=length.dtype, device=x.device)
         return shortened(x, rows, length, limit), mask
 
