@@ -70,9 +70,7 @@ class Shamir:
         drawn = uniform(fold(key, "share"), self._randoms(degree) * packed[0].size)
         return self.spread(secrets, drawn, degree=degree)
 
-    def spread(
-        self, secrets: Elements, drawn: Elements, *, degree: int | None = None
-    ) -> Elements:
+    def spread(self, secrets: Elements, drawn: Elements, *, degree: int | None = None) -> Elements:
         """As `share`, from random elements that the caller has drawn, for secrets that a key of
         64 bits must not give away: (degree + 1 - pack) for each place of the packed secrets."""
         degree = self.degree if degree is None else degree
