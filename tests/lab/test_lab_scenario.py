@@ -14,6 +14,7 @@ from shoal.base.errors import UsageError
 from shoal.lab.build import build, check, edges
 from shoal.lab.faults import FaultSetting, Round, read_fault
 from shoal.lab.launch import network_of
+from shoal.lab.run import run
 from shoal.lab.scenario import EngineSettings, Part, Scenario, parse_settings, typed
 from shoal.lab.toml_file import load_toml, parse_toml
 from shoal.world import faults as world
@@ -294,3 +295,12 @@ def test_nat_boxes_of_a_file_have_settings() -> None:
         with pytest.raises(UsageError, match=says) as caught:
             _read(head + wrong)
         assert str(caught.value).startswith(f"world.toml:{place}:")
+
+
+def test_attacks_that_see_everybody_are_refused_between_processes() -> None:
+    scenario = Scenario(
+        peers=4, rounds=1, task="digits", topology="full", attack="alie", byzantine=1,
+        engine=EngineSettings(processes=2),
+    )  # fmt: skip
+    with pytest.raises(UsageError, match="a process has only its own"):
+        run("dpsgd", scenario, engine="live")

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from shoal.base.errors import UsageError
-from shoal.lab.build import Pieces, build
+from shoal.lab.build import Pieces, build, check_apart
 from shoal.lab.scenario import Scenario
 
 if TYPE_CHECKING:
@@ -243,9 +243,12 @@ def _run_program(
         from shoal.engine.live import LiveSettings, run_live
 
         live = LiveSettings(horizon_s=horizon_s)
+        processes = min(scenario.engine.processes, network.peers)
+        if processes > 1:
+            check_apart(scenario)
         return run_live(
-            program, network, seed=seed, processes=min(scenario.engine.processes, network.peers),
-            settings=live, observer=measure, progress=note,
+            program, network, seed=seed, processes=processes, settings=live, observer=measure,
+            progress=note,
         )  # fmt: skip
     from shoal.engine.event import EventSettings, simulate
 
