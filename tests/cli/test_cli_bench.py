@@ -26,6 +26,12 @@ def made_up(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool]]:
         yield Row.of(f"{name}: fine", 2.0, "s", against=("loop", 4.0), bound="<= 1")
         if name == "scale":
             yield Row.of("scale: too slow", 1234.5, "s", bound="<= 3")
+        if name == "live":
+            yield Row.of(
+                "live: a line's name of more than eighty letters, as the benches of collectives "
+                "have them", 123456.0, "deliveries/s", against=("someone else's", 654321.0),
+                bound="<= 20/19",
+            )  # fmt: skip
         if name == "collective":
             yield Row.of("kill (fails: [/its/own/words.cc:5] closed)", 0.5, "s", bound="<= 1")
         if name == "startup":
@@ -65,6 +71,18 @@ def test_a_bound_that_does_not_hold_ends_with_one(made_up: list[tuple[str, bool]
     text = shoal("bench", "scale", code=1).stdout
     for part in ("scale: too slow", "1,234", "fails", "holds", "Many peers"):
         assert part in text
+
+
+def test_rows_are_whole_in_a_pipe_and_keep_their_verdict_in_a_narrow_terminal(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    piped = shoal("bench", "live").stdout.splitlines()
+    assert any("as the benches of collectives have them" in row and "holds" in row for row in piped)
+    monkeypatch.setenv("COLUMNS", "80")
+    narrow = shoal("bench", "live").stdout.splitlines()
+    assert max(map(len, narrow)) <= 80
+    assert any(row.rstrip().endswith("holds") and "123,456" in row for row in narrow)
 
 
 def test_a_bench_that_breaks_down_leaves_the_others_their_turn(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +14,8 @@ from shoal.cli.options import Json, Quiet
 if TYPE_CHECKING:
     from shoal.cli.progress import Tell
     from shoal.lab.bench import Row
+
+_NAME, _WIDE = 16, 200
 
 
 def _names() -> list[str]:
@@ -87,10 +91,13 @@ def _show(title: str, rows: list[Row]) -> None:
     from rich.table import Table
 
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-    table.add_column("what", overflow="fold")
+    table.add_column("what", overflow="fold", min_width=_NAME)
     for head in ("value", "unit", "against", "its value", "ratio", "bound", ""):
         right = head in ("value", "its value", "ratio")
-        table.add_column(head, justify="right" if right else "left", overflow="fold")
+        table.add_column(
+            head, justify="right" if right else "left", overflow="fold",
+            no_wrap=head not in ("unit", "against"),
+        )  # fmt: skip
     verdicts = {True: "[green]holds[/]", False: "[bold red]fails[/]", None: ""}
     for row in rows:
         table.add_row(
@@ -98,7 +105,8 @@ def _show(title: str, rows: list[Row]) -> None:
             escape(row.name), _number(row.value), row.unit, escape(row.reference or ""),
             _number(row.reference_value), _number(row.ratio), row.bound or "", verdicts[row.holds],
         )  # fmt: skip
-    console = Console()
+    # A file or a pipe has no width of its own: rows stay whole there.
+    console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else _WIDE)
     console.print(table)
     console.print()
 

@@ -37,6 +37,7 @@ _RADIUS = 100.0
 _FAR = 1e4
 _TURNS, _TURN_S, _LONG_S = 9, 0.05, 1.0
 _READ_BYTES = 1 << 28
+_SAME = "0.00001"
 
 
 @dataclass(frozen=True)
@@ -187,11 +188,23 @@ def _beside(byzfl: ByzFL, size: Size, rate: float, note: Note, turns: int) -> It
             )  # fmt: skip
         yield from _against_one_pass(contest.name, size, ours, rate)
         if contest.same:
-            apart = _apart(contest.ours(x), byzfl.result(contest.theirs, **contest.more))
+            mine, other = contest.ours(x), byzfl.result(contest.theirs, **contest.more)
+            apart = _apart(mine, other)
             yield Row.of(f"{name}: results apart, of the largest number", apart, "",
-                         bound="<= 0.00001")  # fmt: skip
+                         bound=f"<= {_SAME}")  # fmt: skip
+            if apart > float(_SAME):
+                yield from _who_is_off(contest, name, x, mine, other)
     yield Row.of(f"geometric mean of {len(ratios)} rules, {size.name}: times faster",
                  geometric_mean(ratios), "x", bound=">= 2")  # fmt: skip
+
+
+def _who_is_off(contest: Contest, name: str, x: Stack, ours: Stack, theirs: Stack) -> Iterator[Row]:
+    """How far both are from the rule on the same rows in double precision."""
+    exact = contest.ours(x.double())
+    yield Row.of(
+        f"{name}: off double precision", _apart(ours, exact), "",
+        against=("ByzFL", _apart(theirs, exact)),
+    )  # fmt: skip
 
 
 def _alone(size: Size, rate: float, note: Note, turns: int) -> Iterator[Row]:
