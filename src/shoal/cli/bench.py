@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from shoal.cli.progress import Tell
     from shoal.lab.bench import Row
 
-_NAME, _WIDE = 16, 200
+_NAME, _WIDE = 12, 200
 
 
 def _names() -> list[str]:
