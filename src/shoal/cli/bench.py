@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from shoal.cli.progress import Tell
     from shoal.lab.bench import Row
 
-_NAME, _WIDE = 12, 200
+_NAME, _WIDE = 10, 200
 
 
 def _names() -> list[str]:
@@ -96,7 +96,7 @@ def _show(title: str, rows: list[Row]) -> None:
         right = head in ("value", "its value", "ratio")
         table.add_column(
             head, justify="right" if right else "left", overflow="fold",
-            no_wrap=head not in ("unit", "against"),
+            no_wrap=head not in ("unit", "against"), min_width=None if head else 5,
         )  # fmt: skip
     verdicts = {True: "[green]holds[/]", False: "[bold red]fails[/]", None: ""}
     for row in rows:
