@@ -91,6 +91,19 @@ def test_rows_far_away_cost_the_others_no_digits(
     torch.testing.assert_close(square[good][:, good], exact[good][:, good], rtol=1e-9, atol=0.0)
 
 
+@pytest.mark.parametrize("step", [6, 8, 9])
+def test_a_ladder_of_rows_hides_the_others_from_no_pivot(
+    monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    """From each far row the next one is as near as the rounding, and all below it are one."""
+    x, _, _ = drawn((), (), 13, 40, torch.float32, 1)
+    x[:6] = (10.0 ** (38 - step * torch.arange(6.0, dtype=torch.float64))).float().unsqueeze(-1)
+    square = both(monkeypatch, stack.squared_distances, x, torch.ones(13, dtype=torch.bool))
+    exact = (x[6:, None].double() - x[6:].double()).square().sum(-1)
+    for found in square:
+        torch.testing.assert_close(found[6:, 6:], exact, rtol=1e-9, atol=0.0)
+
+
 @pytest.mark.parametrize("size", [1e160, 1e300])
 def test_rows_whose_squares_overflow_are_infinitely_far(
     monkeypatch: pytest.MonkeyPatch, size: float
@@ -102,7 +115,10 @@ def test_rows_whose_squares_overflow_are_infinitely_far(
     torch.testing.assert_close(fast, plain, rtol=1e-9, atol=0.0)
 
 
-@pytest.mark.parametrize("name", ["median", "trimmed_mean", "krum", "geometric_median", "nnm"])
+@pytest.mark.parametrize(
+    "name",
+    ["median", "trimmed_mean", "krum", "geometric_median", "nnm", "nna", "bulyan", "mda", "caf"],
+)
 def test_the_contract_holds_for_rules_on_compiled_loops(
     monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:

@@ -454,9 +454,10 @@ def _inner_products(x: Stack, rows: Mask, point: Vector | None) -> Tensor:
                 break
             found = compiled.gram(values, values[pivot], beside)
             out[place] = torch.from_numpy(found)
-            finite = np.isfinite(found).all()
+            finite = bool(np.isfinite(found).all())
             pivot = _nearer(found[np.ix_(index, index)], index) if finite else None
-        if not certain(torch.isfinite(out[place])):
+        if pivot is not None or not certain(torch.isfinite(out[place])):
+            # Rows that lie ever farther out lead the search from one to the next; this one never.
             out[place] = _gram(x[place], majority_row(x[place], rows[place]), _at(point, place))
     return out
 

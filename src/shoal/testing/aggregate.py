@@ -192,6 +192,10 @@ def _adversaries(honest: Stack, bad: int, key: Tensor) -> Stack:
     # Copies of extreme honest rows, alone and beside a far one.
     extreme = honest.take_along_dim((honest - mean).norm(dim=-1).argmax(-1)[:, None, None], 1)
     families += [extreme + together, extreme + 0.1 * noise]
+    # A ladder down to the honest rows: whoever measures from one rung cannot tell the lower ones.
+    top = 38 if honest.dtype == torch.float32 else 150
+    rung = torch.arange(bad, dtype=torch.float64, device=honest.device).unsqueeze(-1)
+    families.append(direction * (10.0 ** (top - 8 * rung)).to(honest.dtype) + together)
     mixed = (mean + 1.5 * spread * direction + together).clone()
     for value in (_NAN, _INF, -_INF, 1e30):
         families.append(torch.full_like(noise, value))
