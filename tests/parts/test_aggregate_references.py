@@ -29,7 +29,9 @@ from shoal.parts.attack.gaussian import Gaussian
 from shoal.parts.attack.inner_product import InnerProduct
 from shoal.rounds.attack import View
 from shoal.tensor import keyed
-from shoal.tensor.stack import distances_to, nearest, ordered_mean, squared_distances
+from shoal.tensor.distances import distances_to, squared_distances
+from shoal.tensor.ordered import ordered_mean
+from shoal.tensor.stack import nearest
 
 
 def here(x: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from shoal.tensor import stack
+from shoal.tensor import distances, ordered, stack
 
 NAN, INF = float("nan"), float("inf")
 
@@ -45,13 +45,13 @@ def test_what_absent_rows_hold_changes_nothing(data: st.DataObject) -> None:
     results = []
     for version in (x, other):
         clean, rows = stack.usable(version, mask)
-        square = stack.squared_distances(clean, rows)
+        square = distances.squared_distances(clean, rows)
         results.append(
             [
                 stack.masked_mean(clean, rows, weight),
-                stack.ordered_mean(clean, rows, weight),
+                ordered.ordered_mean(clean, rows, weight),
                 stack.first_usable(clean, rows),
-                stack.distances_to(clean, rows, clean[..., 0, :]).nan_to_num(-1.0),
+                distances.distances_to(clean, rows, clean[..., 0, :]).nan_to_num(-1.0),
                 square.nan_to_num(-1.0),
             ]
         )
@@ -97,11 +97,11 @@ def test_an_ordered_mean_weighs_places_of_sorted_columns(count: int) -> None:
     # Places up to the number of rows that count.
     place = torch.arange(count) < rows.sum(-1, keepdim=True)
     weight = torch.rand(2, count, generator=generator, dtype=torch.float64) * place
-    found = stack.ordered_mean(clean, rows, weight)
+    found = ordered.ordered_mean(clean, rows, weight)
     for lead in range(2):
-        ordered = x[lead][rows[lead]].sort(0).values
-        share = weight[lead][: len(ordered)]
-        expected = (share.unsqueeze(-1) * ordered).sum(0) / share.sum()
+        column = x[lead][rows[lead]].sort(0).values
+        share = weight[lead][: len(column)]
+        expected = (share.unsqueeze(-1) * column).sum(0) / share.sum()
         torch.testing.assert_close(found[lead], expected)
 
 
@@ -110,7 +110,7 @@ def test_the_network_sorts_every_sequence_of_zeros_and_ones(count: int) -> None:
     """Which by the 0-1 principle (Knuth, volume 3, theorem 5.3.4Z) means every sequence."""
     every = torch.tensor(list(itertools.product([0.0, 1.0], repeat=count))).mT
     row = list(every.clone().unbind(0))
-    stack._sort_rows(row)
+    ordered._sort_rows(row)
     assert torch.equal(torch.stack(row), every.sort(0).values)
 
 
@@ -120,8 +120,8 @@ def test_distances_agree_with_float64_loops(data: st.DataObject) -> None:
     x = x + 1000.0
     clean, rows = stack.usable(x, mask)
     point = clean[:, 0] + 0.5
-    to_point = stack.distances_to(clean, rows, point)
-    square = stack.squared_distances(clean, rows)
+    to_point = distances.distances_to(clean, rows, point)
+    square = distances.squared_distances(clean, rows)
     exact = clean.double()
     for lead, i, j in itertools.product(range(2), *[range(x.shape[1])] * 2):
         if not (rows[lead, i] and rows[lead, j]):
@@ -137,11 +137,11 @@ def test_distances_agree_with_float64_loops(data: st.DataObject) -> None:
 def test_one_huge_row_does_not_blur_the_distances_of_the_others() -> None:
     x = torch.tensor([[1.0, 0.0], [1.0, 1e-3], [1.0, 2e-3], [1e38, 1e38]])
     rows = torch.ones(4, dtype=torch.bool)
-    square = stack.squared_distances(x, rows)
+    square = distances.squared_distances(x, rows)
     expected = (x[:3].double().unsqueeze(0) - x[:3].double().unsqueeze(1)).square().sum(-1)
     torch.testing.assert_close(square[:3, :3], expected, rtol=1e-9, atol=0.0)
     assert (square[3, :3] > 1e75).all()
-    assert stack.majority_row(x, rows)[0] == 1.0
+    assert distances.majority_row(x, rows)[0] == 1.0
 
 
 def test_the_nearest_are_taken_by_distance_then_by_index_and_never_absent() -> None:
@@ -166,5 +166,5 @@ def test_stacks_without_coordinates_or_rows_are_fine() -> None:
     empty = torch.zeros(2, 0, 4)
     clean, rows = stack.usable(empty, torch.zeros(2, 0, dtype=torch.bool))
     assert stack.masked_mean(clean, rows).tolist() == [[0.0] * 4] * 2
-    assert stack.squared_distances(clean, rows).shape == (2, 0, 0)
+    assert distances.squared_distances(clean, rows).shape == (2, 0, 0)
     assert not stack.certain(torch.ones(1, dtype=torch.bool, device="meta"))

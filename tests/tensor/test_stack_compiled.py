@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from shoal.parts import find
-from shoal.tensor import stack
+from shoal.tensor import distances, ordered, stack
 from shoal.testing.aggregate import check_aggregator
 
 LEADS = [((), ()), ((2,), (2,)), ((1,), (3,)), ((2, 1), (2, 3))]
@@ -40,13 +40,15 @@ def test_ordered_means_are_the_same_to_the_last_bit(
 ) -> None:
     x, rows, generator = drawn(lead, here, count, dim, dtype, 3)
     for weight in (
-        stack.middle_places(rows), stack.trimmed_places(rows, 2),
+        ordered.middle_places(rows), ordered.trimmed_places(rows, 2),
         torch.rand(rows.shape, generator=generator),
     ):  # fmt: skip
-        plain, fast = both(monkeypatch, stack.ordered_mean, x, rows, weight)
+        plain, fast = both(monkeypatch, ordered.ordered_mean, x, rows, weight)
         assert torch.equal(plain, fast)
     strided = x.mT.contiguous().mT
-    plain, fast = both(monkeypatch, stack.ordered_mean, strided, rows, stack.middle_places(rows))
+    plain, fast = both(
+        monkeypatch, ordered.ordered_mean, strided, rows, ordered.middle_places(rows)
+    )
     assert torch.equal(plain, fast)
 
 
@@ -58,10 +60,10 @@ def test_distances_are_the_same(
 ) -> None:
     x, rows, _ = drawn(here, here, 7, 600, dtype, 5)
     x = x + offset
-    plain, fast = both(monkeypatch, stack.squared_distances, x, rows)
+    plain, fast = both(monkeypatch, distances.squared_distances, x, rows)
     torch.testing.assert_close(fast, plain, rtol=1e-9, atol=0.0, equal_nan=True)
     point = x.mean(-2)
-    inner = both(monkeypatch, stack.inner_products, x, rows, point)
+    inner = both(monkeypatch, distances.inner_products, x, rows, point)
     exact = (x - point.unsqueeze(-2)).double().square().sum(-1)
     for found in inner:
         norm = found.diagonal(dim1=-2, dim2=-1)
@@ -86,7 +88,7 @@ def test_rows_far_away_cost_the_others_no_digits(
     good = [i for i in range(7) if float(x[i].abs().max()) < 2]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stack, "_LEAST", 0)
-        square = stack.squared_distances(x, torch.ones(7, dtype=torch.bool))
+        square = distances.squared_distances(x, torch.ones(7, dtype=torch.bool))
     exact = (x[:, None].double() - x.double()).square().sum(-1)
     torch.testing.assert_close(square[good][:, good], exact[good][:, good], rtol=1e-9, atol=0.0)
 
@@ -98,7 +100,7 @@ def test_a_ladder_of_rows_hides_the_others_from_no_pivot(
     """From each far row the next one is as near as the rounding, and all below it are one."""
     x, _, _ = drawn((), (), 13, 40, torch.float32, 1)
     x[:6] = (10.0 ** (38 - step * torch.arange(6.0, dtype=torch.float64))).float().unsqueeze(-1)
-    square = both(monkeypatch, stack.squared_distances, x, torch.ones(13, dtype=torch.bool))
+    square = both(monkeypatch, distances.squared_distances, x, torch.ones(13, dtype=torch.bool))
     exact = (x[6:, None].double() - x[6:].double()).square().sum(-1)
     for found in square:
         torch.testing.assert_close(found[6:, 6:], exact, rtol=1e-9, atol=0.0)
@@ -110,7 +112,7 @@ def test_rows_whose_squares_overflow_are_infinitely_far(
 ) -> None:
     x = torch.arange(50.0, dtype=torch.float64).reshape(5, 10).sin()
     x[0] = size
-    plain, fast = both(monkeypatch, stack.squared_distances, x, torch.ones(5, dtype=torch.bool))
+    plain, fast = both(monkeypatch, distances.squared_distances, x, torch.ones(5, dtype=torch.bool))
     assert plain[0, 1:].isinf().all()
     torch.testing.assert_close(fast, plain, rtol=1e-9, atol=0.0)
 
@@ -129,7 +131,7 @@ def test_the_contract_holds_for_rules_on_compiled_loops(
 
 def test_which_stacks_are_large() -> None:
     def large(x: Tensor) -> bool:
-        return stack._large(x)
+        return stack.large(x)
 
     assert not large(torch.zeros(8, 1000))
     assert large(torch.zeros(8, 20_000))
@@ -147,7 +149,7 @@ def test_distances_to_a_point_and_means_of_groups_are_the_same(
 ) -> None:
     x, rows, generator = drawn(here, here, 9, 3000, dtype, 7)
     point = torch.randn(*here, 3000, generator=generator).to(dtype)
-    plain, fast = both(monkeypatch, stack.distances_to, x, rows, point)
+    plain, fast = both(monkeypatch, distances.distances_to, x, rows, point)
     torch.testing.assert_close(fast, plain, rtol=1e-12, atol=0.0, equal_nan=True)
     group = torch.randint(-1, 5, rows.shape, generator=generator)
     plain, fast = both(monkeypatch, stack.grouped_means, x, group, 6)

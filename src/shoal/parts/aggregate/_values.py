@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from shoal.tensor.stack import places_with, shares, sorted_rows, weighed
+from shoal.tensor.ordered import places_with, sorted_rows, weighed
+from shoal.tensor.stack import shares
 from shoal.tensor.types import Mask, Stack, Vector, Weight
 
 

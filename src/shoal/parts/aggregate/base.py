@@ -31,7 +31,8 @@ from torch import Tensor
 from shoal.base.errors import UsageError
 from shoal.parts import find
 from shoal.rounds.aggregator import Aggregator
-from shoal.tensor.stack import inner_products, or_center, usable
+from shoal.tensor.distances import inner_products
+from shoal.tensor.stack import or_center, usable
 from shoal.tensor.types import Mask, Stack, Vector, Weight
 
 _VAST = 1e300

@@ -11,7 +11,9 @@ from torch import Tensor
 from shoal.parts.aggregate._values import mean_near
 from shoal.parts.aggregate.base import Told
 from shoal.parts.aggregate.krum import scores_of
-from shoal.tensor.stack import middle_places, nearest, squared_distances
+from shoal.tensor.distances import squared_distances
+from shoal.tensor.ordered import middle_places
+from shoal.tensor.stack import nearest
 from shoal.tensor.types import Mask, Stack, Vector
 
 
@@ -38,7 +40,6 @@ class Bulyan(Told):
 
     def _pick(self, x: Stack, rows: Mask, received: Tensor) -> Mask:
         square = squared_distances(x, rows)
-        square = torch.maximum(square, square.mT)
         wanted = (received - 2 * self.byzantine).clamp(min=1)
         left, picked = rows, torch.zeros_like(rows)
         for step in range(max(1, x.shape[-2] - 2 * self.byzantine)):

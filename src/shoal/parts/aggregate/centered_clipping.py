@@ -11,16 +11,8 @@ from torch import Tensor
 
 from shoal.parts.aggregate.base import need_count, need_positive
 from shoal.parts.aggregate.median import middle
-from shoal.tensor.stack import (
-    certain,
-    combine,
-    distances_to,
-    finite_rows,
-    or_center,
-    shares,
-    squared_distances,
-    usable,
-)
+from shoal.tensor.distances import distances_to, squared_distances
+from shoal.tensor.stack import certain, combine, finite_rows, or_center, shares, usable
 from shoal.tensor.types import Mask, Stack, Vector, Weight
 
 

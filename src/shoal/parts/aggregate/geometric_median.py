@@ -11,14 +11,8 @@ from torch import Tensor
 
 from shoal.parts.aggregate.base import Plain, need_count, need_positive
 from shoal.parts.aggregate.median import middle
-from shoal.tensor.stack import (
-    combine,
-    inner_products,
-    majority_row,
-    or_center,
-    shares,
-    usable,
-)
+from shoal.tensor.distances import inner_products, majority_row
+from shoal.tensor.stack import combine, or_center, shares, usable
 from shoal.tensor.types import Mask, Stack, Vector
 
 

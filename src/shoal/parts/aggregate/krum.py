@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from shoal.parts.aggregate.base import Told
-from shoal.tensor.stack import nearest, picked_row, squared_distances
+from shoal.tensor.distances import squared_distances
+from shoal.tensor.stack import nearest, picked_row
 from shoal.tensor.types import Mask, Scalar, Stack, Vector
 
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from shoal.parts.aggregate._subsets import best_set, set_breaks_at
 from shoal.parts.aggregate.base import Told
-from shoal.tensor.stack import masked_mean, squared_distances
+from shoal.tensor.distances import squared_distances
+from shoal.tensor.stack import masked_mean
 from shoal.tensor.types import Mask, Stack, Vector
 
 
@@ -31,7 +32,6 @@ class MDA(Told):
 
     def combined(self, x: Stack, rows: Mask, received: Tensor) -> Vector:
         square = squared_distances(x, rows)
-        square = torch.maximum(square, square.mT)
 
         def worth(kept: Mask, order: Tensor) -> tuple[Tensor, Tensor]:
             apart = square.take_along_dim(order.unsqueeze(-1), -2)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from shoal.parts.aggregate.base import ByPlace
-from shoal.tensor.stack import middle_places, ordered_mean
+from shoal.tensor.ordered import middle_places, ordered_mean
 from shoal.tensor.types import Mask, Stack, Vector
 
 

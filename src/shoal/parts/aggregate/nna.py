@@ -12,16 +12,8 @@ from torch import Tensor
 from shoal.base.errors import UsageError
 from shoal.parts.aggregate.base import around_pivot, need_count, need_told
 from shoal.rounds.attack import View
-from shoal.tensor.stack import (
-    distances_to,
-    finite_rows,
-    first_usable,
-    masked_mean,
-    nearest,
-    or_center,
-    squared_distances,
-    usable,
-)
+from shoal.tensor.distances import distances_to, squared_distances
+from shoal.tensor.stack import finite_rows, first_usable, masked_mean, nearest, or_center, usable
 from shoal.tensor.types import Key, Mask, Scalar, Stack, Vector, Weight
 
 

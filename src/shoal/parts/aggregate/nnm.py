@@ -10,7 +10,8 @@ import torch
 from shoal.parts.aggregate._before import Before
 from shoal.parts.aggregate.base import Settings
 from shoal.parts.aggregate.nna import pivoted
-from shoal.tensor.stack import nearest, squared_distances, usable
+from shoal.tensor.distances import squared_distances
+from shoal.tensor.stack import nearest, usable
 from shoal.tensor.types import Mask, Stack
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from shoal.parts.aggregate._values import mean_near, near_pivot
 from shoal.parts.aggregate.base import Told
 from shoal.parts.aggregate.trimmed_mean import TrimmedMean
-from shoal.tensor.stack import trimmed_places
+from shoal.tensor.ordered import trimmed_places
 from shoal.tensor.types import Mask, Stack, Vector
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from shoal.parts.aggregate.base import ByPlace, need_count
-from shoal.tensor.stack import ordered_mean, trimmed_places
+from shoal.tensor.ordered import ordered_mean, trimmed_places
 from shoal.tensor.types import Mask, Stack, Vector
 
 

@@ -16,7 +16,8 @@ from shoal.parts.attack.base import (
     strongest,
 )
 from shoal.rounds.attack import Knowledge, View
-from shoal.tensor.stack import distances_to, masked_mean
+from shoal.tensor.distances import distances_to
+from shoal.tensor.stack import masked_mean
 from shoal.tensor.types import Key, Stack
 
 

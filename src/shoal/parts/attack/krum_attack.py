@@ -11,7 +11,7 @@ from torch import Tensor
 
 from shoal.parts.attack.base import clean_data, honest_mean, repeated
 from shoal.rounds.attack import Knowledge, View
-from shoal.tensor.stack import distances_to, squared_distances
+from shoal.tensor.distances import distances_to, squared_distances
 from shoal.tensor.types import Key, Mask, Stack
 
 _HALVINGS = 24

@@ -10,7 +10,8 @@ import torch
 from shoal.base.errors import UsageError
 from shoal.parts.attack.base import clean_data, honest_mean, repeated
 from shoal.rounds.attack import Knowledge, View
-from shoal.tensor.stack import masked_mean, squared_distances
+from shoal.tensor.distances import squared_distances
+from shoal.tensor.stack import masked_mean
 from shoal.tensor.types import Key, Stack
 
 Direction = Literal["deviation", "mean", "sign"]

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from shoal.base.errors import UsageError
 from shoal.parts.screening.nearness import most, prioritised, quotas
-from shoal.tensor.stack import distances_to, nearest, usable
+from shoal.tensor.distances import distances_to
+from shoal.tensor.stack import nearest, usable
 from shoal.tensor.types import Index, Key, Mask, Scalar, Stack, Vector
 
 RULES = ("announced", "count")

@@ -16,7 +16,8 @@ from shoal.rounds.local import descend
 from shoal.rounds.strategy import Heard, Parcel, Step
 from shoal.rounds.task import Batch
 from shoal.tensor import keyed
-from shoal.tensor.stack import distances_to, masked_mean, nearest, or_center, usable
+from shoal.tensor.distances import distances_to
+from shoal.tensor.stack import masked_mean, nearest, or_center, usable
 from shoal.tensor.types import Mask, Stack, Vector
 
 
