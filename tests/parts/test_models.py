@@ -189,6 +189,30 @@ def test_clipped_sums_are_those_of_a_loop_over_samples(name: str, batching: str)
         torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.parametrize("bad", [float("inf"), float("nan"), 1e200])
+@pytest.mark.parametrize(
+    ("name", "batching"), [pair for pair in PAIRS if not CASES[pair[0]].whole]
+)  # fmt: skip
+def test_a_sample_without_a_finite_gradient_adds_nothing(
+    name: str, batching: str, bad: float
+) -> None:
+    """Else one sample would show in a sum that noise is to hide it in; the others stay."""
+    task = build(CASES[name], batching)
+    params, batch = models(task), ragged(CASES[name])
+    x, mask = batch.x.clone(), batch.mask.clone()
+    x[0, 1, ..., 0] = x[1, :, ..., 0] = bad
+    mask[0, 1] = mask[1, :] = False
+    expected = task.clipped_grad_sum(params, Batch(x, batch.y, mask), 0.5)
+    found = task.clipped_grad_sum(params, Batch(x, batch.y, batch.mask), 0.5)
+    if bad == 1e200:
+        # What saturates or normalises may keep a gradient finite, which is clipped.
+        most = 0.5 * torch.tensor([1.0, 3.0, 0.0], dtype=torch.float64) + 1e-9
+        assert ((found - expected).norm(dim=-1) <= most).all()
+    else:
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+        assert not found[1].any()
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_evaluation_is_the_module_s_own(name: str) -> None:
     case = CASES[name]

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from shoal.base.errors import UsageError
 from shoal.parts.tasks.quadratics import Quadratics
+from shoal.rounds.task import Batch
 from shoal.tensor import keyed
 
 
@@ -75,6 +76,11 @@ def test_clipped_sums_bound_each_sample() -> None:
         task.clipped_grad_sum(x, batch, 0)
     step = task.descended(x, batch, 0.5)
     torch.testing.assert_close(step, x - 0.5 * task.grad(x, batch))
+    samples, mask = batch.x.clone(), batch.mask.clone()
+    samples[7, 0], mask[7] = torch.inf, False
+    broken = task.clipped_grad_sum(x, Batch(samples, batch.y, batch.mask), 0.1)
+    without = task.clipped_grad_sum(x, Batch(batch.x, batch.y, mask), 0.1)
+    torch.testing.assert_close(broken, without)
 
 
 def test_joined_tasks_keep_their_functions() -> None:

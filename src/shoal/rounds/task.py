@@ -108,7 +108,11 @@ class Task(Protocol):
         ...
 
     def clipped_grad_sum(self, params: Vector, batch: Batch, clip: float) -> Vector:
-        """Sum over samples of per-sample gradients, each scaled to norm at most `clip`."""
+        """Sum over samples of per-sample gradients, each scaled to norm at most `clip`.
+
+        A sample whose gradient or its norm is not finite adds nothing: no sample moves the sum by
+        more than `clip`.
+        """
         ...
 
     def evaluate(self, params: Vector) -> dict[str, Scalar]:

@@ -112,6 +112,7 @@ class Stacked:
 
         Two passes backward, the first of which only measures norms, so that no per-sample
         gradient is ever stored (Goodfellow 2015; Lee and Kifer 2021, "ghost clipping").
+        A sample whose norm is not finite adds nothing.
         """
         result = torch.empty_like(params, memory_format=torch.contiguous_format)
         for rows in self._chunks(params, x):
@@ -124,9 +125,19 @@ class Stacked:
             squares = params.new_zeros((count, bound.program.batch))
             bound.start_backward(dy)
             bound.run_backward(Pass(views, None, squares))
-            factor = clip / squares[:, : x.shape[1]].sqrt().clamp_min(clip)
-            bound.start_backward(dy * factor.view(*factor.shape, *(1,) * (dy.dim() - 2)))
+            squares = squares[:, : x.shape[1]]
+            scaled = dy * _beside(clip / squares.sqrt().clamp_min(clip), dy)
+            sound = squares.isfinite()
+            if not (sound.is_cpu and bool(sound.all())):
+                # 0 times what overflowed is NaN: another sample takes its place, and adds nothing.
+                # On a device a look would cost a wait in every step.
+                other = x[rows].take_along_dim(_beside(sound.int().argmax(-1, True), x), 1)
+                bound.enter(torch.where(_beside(sound, x), x[rows], other))
+                bound.run_forward(Pass(views))
+                scaled = torch.where(_beside(sound, dy), scaled, 0.0)
+            bound.start_backward(scaled)
             bound.run_backward(Pass(views, self._views(result[rows])))
+            result[rows].masked_fill_(~sound.any(-1, keepdim=True), 0.0)
         return result
 
     def _views(self, flat: Tensor) -> dict[str, Tensor]:
@@ -201,6 +212,11 @@ def _natural(value: Tensor, batch: int, sequence: bool) -> Tensor:
     """`[rows, batch, *]` in the module's own order of features."""
     value = value[..., :batch].movedim(-1, 1)
     return value.transpose(2, 3) if sequence else value
+
+
+def _beside(each: Tensor, values: Tensor) -> Tensor:
+    """Numbers of samples [rows, batch], shaped to broadcast over values [rows, batch, *]."""
+    return each.view(*each.shape, *(1,) * (values.dim() - 2))
 
 
 def padded(batch: int) -> int:

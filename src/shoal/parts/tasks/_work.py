@@ -189,7 +189,11 @@ class ModuleWork:
 
         def scaled(p: Tensor, x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
             gradient = grad(single)(p, x, y)
-            return gradient * (weight * clip / gradient.norm().clamp_min(clip))
+            norm = gradient.norm()
+            # One sample without a finite gradient must not show in a sum that is to hide it.
+            return torch.where(
+                norm.isfinite(), gradient * (weight * clip / norm.clamp_min(clip)), 0.0
+            )
 
         each = vmap(scaled, in_dims=(None, 0, 0, 0), randomness="error")
         total = torch.zeros_like(params)

@@ -172,7 +172,7 @@ class Quadratics:
         each = self._times(batch, params.unsqueeze(-2) - batch.x)
         norm = each.norm(dim=-1, keepdim=True)
         each = each * (clip / norm.clamp_min(clip))
-        return torch.where(batch.mask.unsqueeze(-1), each, 0.0).sum(-2)
+        return torch.where(batch.mask.unsqueeze(-1) & norm.isfinite(), each, 0.0).sum(-2)
 
     def _times(self, batch: Batch, away: Tensor) -> Tensor:
         """H of each sample times a vector [..., batch, dim]."""
