@@ -18,6 +18,7 @@ from up_processes import environment
 
 from shoal.cli.app import app
 from shoal.engine.live import LiveSettings, join
+from shoal.lab import torch_device
 from shoal.world.record import Run
 
 LIARS = (
@@ -28,10 +29,10 @@ LIARS = (
 pytestmark = [pytest.mark.live, pytest.mark.timeout(120)]
 
 
-def peer(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+def peer(folder: Path, *words: str, options: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-m", "shoal", "peer", *words], cwd=folder, env=environment(folder),
-        capture_output=True, text=True, check=False, timeout=90,
+        [sys.executable, *options, "-m", "shoal", "peer", *words], cwd=folder,
+        env=environment(folder), capture_output=True, text=True, check=False, timeout=90,
     )  # fmt: skip
 
 
@@ -44,7 +45,13 @@ def test_a_key_is_made_once_and_its_name_printed(tmp_path: Path) -> None:
     assert (tmp_path / "me.key").stat().st_mode & 0o077 == 0
 
 
-def test_misuse_is_refused_with_the_rule_and_the_repair(tmp_path: Path) -> None:
+def test_misuse_is_refused_with_the_rule_and_the_repair(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in environment(tmp_path).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(tmp_path)
+    earlier = signal.getsignal(signal.SIGTERM)
     (tmp_path / "friends.txt").write_text("# mine\nalice\n")
     (tmp_path / "run.json").write_text("{}")
     for words, said in (
@@ -64,21 +71,33 @@ def test_misuse_is_refused_with_the_rule_and_the_repair(tmp_path: Path) -> None:
         (("beats", "--listen", "192.0.2.1:7000"), "cannot listen on 192.0.2.1:7000"),
         (("dpsgd", "--peers", "4", *LIARS), "attack min_max: it sees the vectors of all honest"),
     ):
-        done = peer(tmp_path, *words)
-        assert done.returncode == 2, (words, done)
+        try:
+            done = CliRunner().invoke(app, ["peer", *words])
+        finally:
+            signal.signal(signal.SIGTERM, earlier)
+        assert done.exit_code == 2, (words, done)
         assert said in done.stderr, (words, done.stderr)
         assert done.stderr.startswith("error: ")
         assert done.stdout == ""
+    # And as a process.
+    found = peer(tmp_path, "beats", "--listen", "here")
+    assert (found.returncode, found.stdout) == (2, "")
+    assert found.stderr.startswith("error: --listen here; need HOST:PORT ")
 
 
 def test_a_peer_alone_prints_what_it_measured(tmp_path: Path) -> None:
-    plain = peer(tmp_path, "beats", "--peers", "1", "--set", "beats=2")
+    words = ("beats", "--peers", "1", "--set", "beats=2")
+    plain = peer(tmp_path, *words, options=("-X", "importtime"))
     assert plain.returncode == 0, plain.stderr
     lines = dict(line.split(": ") for line in plain.stdout.splitlines())
     assert lines["finished"] == "True"
     assert lines["heard"] == "0"
     assert "peer 0: running at 127.0.0.1:" in plain.stderr
-    found = peer(tmp_path, "beats", "--peers", "1", "--set", "beats=2", "--json")
+    # A program without tensors does not wait for torch.
+    loaded = {line.rpartition("|")[2].strip() for line in plain.stderr.splitlines()}
+    assert "shoal.kernel.runtime" in loaded
+    assert "torch" not in loaded or torch_device._has_driver()
+    found = peer(tmp_path, *words, "--json")
     objects = [json.loads(line) for line in found.stdout.splitlines()]
     assert found.stderr == ""
     states = list(dict.fromkeys(o["state"] for o in objects if o["event"] == "status"))

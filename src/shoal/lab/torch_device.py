@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from functools import lru_cache
+from pathlib import Path
 
 from shoal.base.errors import UsageError
 
@@ -16,17 +19,30 @@ def resolved(device: str) -> str:
     >>> resolved("cpu")
     'cpu'
     """
-    if device == "cpu":
-        # What nearly everybody has needs no torch.
-        return device
-    return _usable(_automatic() if device == "auto" else device)
+    chosen = _automatic() if device == "auto" else device
+    # What nearly everybody has needs no torch.
+    return chosen if chosen == "cpu" else _usable(chosen)
 
 
 @lru_cache(maxsize=1)
 def _automatic() -> str:
+    # Torch takes seconds to load, and a program without tensors may never need it.
+    if "torch" not in sys.modules and not _has_driver():
+        return "cpu"
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _has_driver() -> bool:
+    """Whether this machine has the driver of a GPU, without which torch finds none."""
+    if Path("/dev/kfd").exists():
+        return True
+    try:
+        ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return False
+    return True
 
 
 def _usable(device: str) -> str:
