@@ -149,7 +149,7 @@ def test_longer_memory_costs_less() -> None:
 def test_inversion(epsilon: float) -> None:
     for beta in (0.0, 0.9):
         s = momentum_noise(epsilon, 0.1, 150, beta, 1e-4)
-        assert momentum_epsilon(s, 0.1, 150, beta, 1e-4) == pytest.approx(epsilon, rel=1e-6)
+        assert epsilon * (1 - 1e-8) <= momentum_epsilon(s, 0.1, 150, beta, 1e-4) <= epsilon
 
 
 @pytest.mark.parametrize(

@@ -12,15 +12,18 @@ from hypothesis import strategies as st
 from scipy import integrate
 
 from shoal.base.errors import UsageError
+from shoal.parts.privacy.accountant import Accountant
 from shoal.parts.privacy.audit_bounds import gaussian_epsilon
 from shoal.parts.privacy.discrete_gaussian import DiscreteGaussianRelease
-from shoal.parts.privacy.ledger import FINE_ORDERS, ORDERS, Ledger, noise_for
+from shoal.parts.privacy.ledger import ORDERS, Budget, Ledger, most_within, noise_for
 from shoal.parts.privacy.sampled_gaussian import GaussianRelease, sampled_gaussian_renyi
 from shoal.parts.privacy.tree_noise import TreeRelease
+from shoal.parts.transform.rqm import Rqm
 
 NOISES = (0.5, 1.1, 4.0)
 SHARES = (0.001, 0.01, 0.1, 0.5, 0.9, 1.0)
 ROUNDS = (1, 100, 5000)
+WHOLE = tuple(order for order in ORDERS if order == int(order))
 
 
 def test_never_below_dp_accounting_over_a_grid() -> None:
@@ -30,15 +33,15 @@ def test_never_below_dp_accounting_over_a_grid() -> None:
     for noise in NOISES:
         for p in SHARES:
             event = dp.PoissonSampledDpEvent(p, dp.GaussianDpEvent(noise))
-            same, default = rdp.RdpAccountant(ORDERS), rdp.RdpAccountant(fine[9:])
+            same, default = rdp.RdpAccountant(WHOLE), rdp.RdpAccountant(fine[9:])
             for each in (same, default):
                 each.compose(event, 1)
             for rounds in ROUNDS:
                 ledger = Ledger().after(GaussianRelease(noise, p), rounds)
                 for delta in (1e-3, 1e-6, 1e-10):
-                    ours = ledger.epsilon(delta)
+                    ours = ledger.epsilon(delta, WHOLE)
                     case = (noise, p, rounds, delta)
-                    reference = rdp.compute_epsilon(ORDERS, rounds * same._rdp, delta)[0]
+                    reference = rdp.compute_epsilon(WHOLE, rounds * same._rdp, delta)[0]
                     assert ours == pytest.approx(reference, rel=1e-9, abs=1e-6), case
                     finer = rdp.compute_epsilon(default._orders, rounds * default._rdp, delta)[0]
                     assert ours >= finer - 1e-6, case
@@ -56,7 +59,7 @@ def test_all_orders_are_sharper_and_still_above_the_exact_loss(
     ledger = Ledger().after(GaussianRelease(noise, p), rounds)
     for delta in (1e-3, 1e-6):
         truth = exact.get_epsilon_for_delta(delta)
-        sharp, plain = ledger.epsilon(delta, FINE_ORDERS), ledger.epsilon(delta)
+        sharp, plain = ledger.epsilon(delta), ledger.epsilon(delta, WHOLE)
         assert truth - 0.02 <= sharp <= plain <= sharp * 1.1
         assert sharp <= 1.4 * truth
 
@@ -142,7 +145,36 @@ def test_noise_for_a_target(epsilon: float) -> None:
         return Ledger().after(GaussianRelease(noise, 0.02), 500)
 
     noise = noise_for(epsilon, 1e-5, spent)
-    assert spent(noise).epsilon(1e-5) == pytest.approx(epsilon, rel=1e-6)
+    assert epsilon * (1 - 1e-8) <= spent(noise).epsilon(1e-5) <= epsilon
+
+
+@pytest.mark.parametrize("share", [0.01, 0.03])
+def test_a_budget_refuses_before_it_is_exceeded(share: float) -> None:
+    step, other = GaussianRelease(1.1, share), TreeRelease(20.0, 12)
+    budget = Budget(2.0, 1e-5).spend(other)
+    most = budget.most(step)
+    assert most >= 1
+    full = budget.spend(step, most)
+    assert full.spent.epsilon(1e-5) <= 2.0 < full.spent.after(step).epsilon(1e-5)
+    with pytest.raises(UsageError, match=r"of 2 at delta=1e-05; stop before .* \(0 would"):
+        full.spend(step)
+    assert full.most(step) == 0
+    assert full.spend(step, 0) == full
+    with pytest.raises(UsageError, match="epsilon would be inf"):
+        Budget(2.0, 1e-5).spend(GaussianRelease(0.0))
+    with pytest.raises(UsageError, match="is spent"):
+        Budget(1.0, 1e-5, full.spent)
+    assert most_within(lambda times: Ledger(), 1.0, 1e-5) >= 10**12
+    # Noise that was made for a budget is within it.
+    noise = noise_for(2.0, 1e-5, lambda s: Ledger().after(GaussianRelease(s, share), 70))
+    assert Budget(2.0, 1e-5).most(GaussianRelease(noise, share)) == 70
+
+
+def test_notions_of_neighbours_do_not_add_up() -> None:
+    alone = Accountant(Rqm(), clients=10)
+    assert Ledger().after(alone, 4).curve([2.0])[0] == pytest.approx(4 * alone.renyi(2.0))
+    with pytest.raises(UsageError, match="Accountant holds for a record that is replaced, what"):
+        Ledger().after(GaussianRelease(1.0)).after(alone)
 
 
 @pytest.mark.parametrize(
@@ -158,6 +190,9 @@ def test_noise_for_a_target(epsilon: float) -> None:
         (lambda: sampled_gaussian_renyi(1.0, 0.1, 10, 1), "order=1; need a finite order above 1"),
         (lambda: sampled_gaussian_renyi(1.0, 0.1, 0, 2), "rounds=0"),
         (lambda: Ledger().after(GaussianRelease(1.0), -1), "times=-1"),
+        (lambda: Ledger().after(GaussianRelease(1.0), math.inf), "times=inf"),
+        (lambda: Budget(math.inf, 1e-5), "epsilon=inf; need a finite number"),
+        (lambda: Budget(1.0, 0.0), "delta=0.0"),
         (lambda: Ledger().epsilon(0.0), "delta=0.0"),
         (lambda: Ledger().after(GaussianRelease(1.0)).epsilon(2.0), "delta=2.0"),
         (lambda: TreeRelease(1.0, 0), "leaves=0"),

@@ -18,7 +18,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -27,6 +27,10 @@ from shoal.base.errors import UsageError
 
 ORDERS = tuple(1.0 + 10.0 ** (step / 16) for step in range(-96, 49))
 """From 1 + 1e-6 to 1001, over which `epsilon` takes the least."""
+
+
+Neighbours = Literal["removed", "replaced"]
+"""What may differ between two data sets: a record is missing, or another one is in its place."""
 
 
 class Mechanism(Protocol):
@@ -103,6 +107,8 @@ class Accountant:
     clients: int = 1
     points: int = 2
 
+    neighbours: ClassVar[Neighbours] = "replaced"
+
     def __post_init__(self) -> None:
         if self.clients < 1 or self.points < 2:
             raise UsageError(
@@ -178,5 +184,8 @@ def to_epsilon(
 
 
 def gaussian_renyi(alpha: float, clip: float, noise: float, clients: int = 1) -> float:
-    """D_alpha of `clip_entries`: the sum of entries in [-clip, clip], each with N(0, noise^2)."""
+    """D_alpha of `clip_entries`: the sum of entries in [-clip, clip], each with N(0, noise^2).
+
+    Neighbours differ by one client's entry, replaced: it moves by 2 clip at most.
+    """
     return math.inf if noise == 0 else alpha * (2 * clip) ** 2 / (2 * clients * noise**2)

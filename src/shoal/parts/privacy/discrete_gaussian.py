@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from shoal.base import keyed
 from shoal.base.errors import UsageError
+from shoal.parts.privacy.accountant import Neighbours
 from shoal.tensor.types import Key
 
 FINEST = 1 << 23
@@ -141,10 +142,10 @@ def discrete_gaussian(key: Key, deviation: float) -> Tensor:
 class DiscreteGaussianRelease:
     """A sum over `clients` of vectors of whole numbers, each with noise, as the ledger counts it.
 
-    deviation: of each client's noise, in units. sensitivity: what one client (or record) moves the
-    sum by at most, Euclidean, in units. dim: entries of the vector. Only the sum is seen; of one
-    client's message take clients = 1. Clients that drop out take their noise with them: count those
-    that are sure to be there.
+    deviation: of each client's noise, in units. sensitivity: what one client (or record) that is
+    there or not moves the sum by at most, Euclidean, in units. dim: entries of the vector. Only the
+    sum is seen; of one client's message take clients = 1. Clients that drop out take their noise
+    with them: count those that are sure to be there.
 
     >>> DiscreteGaussianRelease(10.0, sensitivity=5.0).renyi(2.0)
     0.25
@@ -156,6 +157,8 @@ class DiscreteGaussianRelease:
     sensitivity: float
     clients: int = 1
     dim: int = 1
+
+    neighbours: ClassVar[Neighbours] = "removed"
 
     def __post_init__(self) -> None:
         if self.clients < 1 or self.dim < 1 or not 0 <= self.sensitivity < math.inf:

@@ -113,7 +113,9 @@ def momentum_epsilon(
 
 @lru_cache(maxsize=64)
 def momentum_noise(epsilon: float, p: float, T: int, beta: float, delta: float) -> float:
-    """The s at which `momentum_epsilon` is epsilon; UsageError where none from 0.05 to 1e4 is.
+    """The s at which `momentum_epsilon` is epsilon, or less by a hair: never more.
+
+    UsageError where none from 0.05 to 1e4 is.
 
     >>> s = momentum_noise(8.0, 0.1, 150, 0.9, 1e-4)
     >>> round(momentum_epsilon(s, 0.1, 150, 0.9, 1e-4), 6)
@@ -131,7 +133,11 @@ def momentum_noise(epsilon: float, p: float, T: int, beta: float, delta: float) 
         # In logarithms the cost is nearly a line, which takes a few evaluations.
         return math.log(momentum_epsilon(math.exp(log_s), p, T, beta, delta))
 
-    return math.exp(inverted(cost, math.log(epsilon), math.log(low), math.log(high)))
+    s, more = math.exp(inverted(cost, math.log(epsilon), math.log(low), math.log(high))), 1e-10
+    while momentum_epsilon(s, p, T, beta, delta) > epsilon:
+        # A root is met from either side.
+        s, more = s * (1 + more), 4 * more
+    return s
 
 
 def _check(s: float, p: float, rounds: int, beta: float) -> None:

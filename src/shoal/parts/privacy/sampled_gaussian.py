@@ -18,12 +18,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import numpy as np
 from scipy.special import gammaln, logsumexp
 
 from shoal.base.errors import UsageError
+from shoal.parts.privacy.accountant import Neighbours
 
 Draws = Literal["poisson", "parts", "passes", "batches"]
 """How a round's records are found: each drawn independently; dealt into parts of which one is used
@@ -75,7 +76,8 @@ class GaussianRelease:
     noise: s, the noise's standard deviation over `clip`. p: the share of the records that a release
     uses. draws: how these are found; that nobody knows who was drawn is worth something
     (amplification by sampling) for "poisson" only, and a UsageError else. Take p = 1 then and count
-    how often a record is used: once in a pass over parts, for instance.
+    how often a record is used: once in a pass over parts, for instance. Neighbours: one record is
+    there or not; of parts, passes and the like its place stays empty.
 
     >>> round(GaussianRelease(2.0).renyi(4.0), 3), round(GaussianRelease(2.0, 0.1).renyi(4.0), 4)
     (0.5, 0.006)
@@ -84,6 +86,8 @@ class GaussianRelease:
     noise: float
     p: float = 1.0
     draws: Draws = "poisson"
+
+    neighbours: ClassVar[Neighbours] = "removed"
 
     def __post_init__(self) -> None:
         if self.draws not in get_args(Draws):

@@ -16,11 +16,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from shoal.base.errors import UsageError
+from shoal.parts.privacy.accountant import Neighbours
 from shoal.tensor.keyed import fold, grid, normal
 from shoal.tensor.types import Key, Vector
 
@@ -104,7 +106,8 @@ class TreeRelease:
 
     noise: a node's standard deviation over what one record moves its term by. A record is in one
     term of the tree: if it comes back in the next tree, count that tree too. Nothing is gained from
-    sampling, and nothing is assumed of the order.
+    sampling, and nothing is assumed of the order. Neighbours: a record is there or its place is
+    empty; no other record comes into another term because of it.
 
     >>> TreeRelease(2.0, leaves=7).renyi(4.0)
     1.5
@@ -112,6 +115,8 @@ class TreeRelease:
 
     noise: float
     leaves: int
+
+    neighbours: ClassVar[Neighbours] = "removed"
 
     def __post_init__(self) -> None:
         if not 0 <= self.noise < math.inf or self.leaves < 1:

@@ -140,7 +140,7 @@ class PrivateSteps:
 
         >>> strategy = PrivateSteps(sampling=0.05).calibrated(2.0, 1e-5, rounds=200)
         >>> round(strategy.noise, 3), round(strategy.epsilon(200, 1e-5), 6)
-        (1.795, 2.0)
+        (1.793, 2.0)
         """
         noise = noise_for(
             epsilon, delta, lambda noise: replace(self, noise=noise).ledger(rounds)
