@@ -53,6 +53,59 @@ def test_arithmetic_is_that_of_whole_numbers(a: int, b: int) -> None:
         assert [int(x) for x in field.multiply(root, inverse)] == [1, 1, 1]
 
 
+@given(
+    rows=st.integers(1, 4), inner=st.integers(1, 40), columns=st.integers(1, 5), data=st.data()
+)  # fmt: skip
+@settings(max_examples=40, deadline=None)
+def test_arrays_are_added_up_as_whole_numbers_are(
+    rows: int, inner: int, columns: int, data: st.DataObject
+) -> None:
+    """Long sums of the largest elements, which a sum that is reduced too late would not survive."""
+    many = st.lists(elements, min_size=inner * rows, max_size=inner * rows)
+    a = np.array(data.draw(many), np.uint64).reshape(rows, inner)
+    b = np.full((inner, columns), PRIME - 1, np.uint64)
+    b[:, 0] = np.array(data.draw(many), np.uint64)[:inner]
+    exact = [
+        [sum(int(a[i, k]) * int(b[k, j]) for k in range(inner)) % PRIME for j in range(columns)]
+        for i in range(rows)
+    ]
+    assert field.matmul(a, b).tolist() == exact
+    assert field.weighted_sum(a, b[:, 0]).tolist() == [row[0] for row in exact]
+    assert field.multiply(a, b[:, 0]).tolist() == [
+        [int(x) * int(y) % PRIME for x, y in zip(row, b[:, 0], strict=True)] for row in a
+    ]
+    assert field.negative(a).tolist() == [[-int(x) % PRIME for x in row] for row in a]
+    assert subtract(a, b[:, 0]).tolist() == [
+        [(int(x) - int(y)) % PRIME for x, y in zip(row, b[:, 0], strict=True)] for row in a
+    ]
+
+
+@given(st.lists(st.integers(1 - (1 << 60), (1 << 60) - 1), min_size=1, max_size=9))
+def test_signed_numbers_are_elements_and_back(numbers: list[int]) -> None:
+    encoded = field.encode(np.array(numbers))
+    assert encoded.tolist() == [number % PRIME for number in numbers]
+    assert field.decode(encoded).tolist() == numbers
+
+
+@given(
+    points=st.sets(st.integers(-9, 40), min_size=1, max_size=9), wanted=st.integers(-99, 99),
+    data=st.data(),
+)  # fmt: skip
+@settings(max_examples=40, deadline=None)
+def test_lagrange_is_the_polynomial_through_the_points(
+    points: set[int], wanted: int, data: st.DataObject
+) -> None:
+    size = len(points)
+    polynomial = data.draw(st.lists(elements, min_size=size, max_size=size))
+
+    def at(x: int) -> int:
+        return sum(c * pow(x, i, PRIME) for i, c in enumerate(polynomial)) % PRIME
+
+    known = sorted(points)
+    values = np.array([[at(x)] for x in known], np.uint64)
+    assert int(field.matmul(field.lagrange(known, [wanted]), values)[0, 0]) == at(wanted)
+
+
 def test_uniform_elements_are_uniform() -> None:
     drawn = field.uniform(key(1), 64_000)
     assert int(drawn.max()) < PRIME
@@ -174,6 +227,8 @@ def test_every_lie_about_the_norm_is_found() -> None:
     broken = replace(good, bits=good.bits.copy())
     broken.bits[3, 0, 0] = field.add(broken.bits[3:4, 0, 0], array(1))[0]
     assert not proof.check(broken, range(6), key(1)), "shares that are no sharing"
+    above = replace(good, bits=good.bits + np.uint64(PRIME))
+    assert not proof.check(above, range(6), key(1)), "numbers that are no elements"
 
 
 def test_signs_are_fair_whoever_contributes_what() -> None:
@@ -251,6 +306,12 @@ def test_what_is_no_vector_is_rejected() -> None:
             "2 of 4 clients are left",
         ),
         (lambda: field.encode(np.array([1 << 60])), r"2\^60"),
+        (lambda: field.encode(np.array([-(1 << 63)])), r"2\^60"),
+        (lambda: field.lagrange([1, 2, 1], [0]), "some twice"),
+        (lambda: field.lagrange([0, PRIME], [1]), "some twice"),
+        (lambda: Shamir(5, 2).reconstruct(array(1, 2, 2), [0, 3, 3]), "need each once, 0 to 4"),
+        (lambda: Shamir(5, 2).reconstruct(array(1, 2, 3), [0, -1, 3]), "need each once, 0 to 4"),
+        (lambda: Shamir(5, 2).reconstruct(array(1, 2, 3), [0, 5, 3]), "need each once, 0 to 4"),
         (lambda: field.roots(array(0)), "0 has no inverse"),
     ],
 )

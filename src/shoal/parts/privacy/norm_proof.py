@@ -112,6 +112,9 @@ class NormProof:
                 f"check: {present} holders present; need 2 * threshold + 1 = {twice + 1}"
             )
         bits = np.concatenate((dealing.bits.reshape(present, -1), dealing.slack), 1)
+        # What is no element does not multiply as one.
+        if (bits >= PRIME).any():
+            return False
         if not scheme.audit(bits, holders, fold(key, "audit")):
             return False
         weights = uniform(fold(key, "weights"), bits.shape[1] + 1)

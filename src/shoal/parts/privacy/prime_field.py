@@ -153,7 +153,8 @@ def inverse(number: int) -> int:
 
 def encode(numbers: NDArray[np.int64]) -> Elements:
     """Signed whole numbers between -2^60 and 2^60 as elements."""
-    if numbers.size and int(np.abs(numbers).max()) >= 1 << 60:
+    # Not by their absolute values: that of the least int64 is itself.
+    if numbers.size and max(int(numbers.max()), -int(numbers.min())) >= 1 << 60:
         raise UsageError("encode: a number of 2^60 or more does not fit into the field")
     return np.where(numbers < 0, numbers + PRIME, numbers).astype(np.uint64)
 
@@ -181,9 +182,13 @@ def uniform(key: Key, count: int) -> Elements:
 def lagrange(known: list[int], wanted: list[int]) -> Elements:
     """[wanted, known]: a polynomial's values at `wanted` from those at `known`, which are distinct.
 
+    UsageError where two are the same element.
+
     >>> matmul(lagrange([1, 2], [0]), np.uint64([[5], [7]]))  # a line through (1, 5) and (2, 7)
     array([[3]], dtype=uint64)
     """
+    if len({element(x) for x in known}) < len(known):
+        raise UsageError(f"lagrange: values at {known}, some twice (need distinct points)")
     rows = []
     for x in wanted:
         row = []

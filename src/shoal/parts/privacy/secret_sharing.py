@@ -111,7 +111,7 @@ class Shamir:
                 f"reconstruct: shares of holders {list(holders)} do not lie on a polynomial of "
                 f"degree {degree} (a holder or the dealer lies)"
             )
-        points = tuple(holder + 1 for holder in holders[: degree + 1])
+        points = self._points(holders)[: degree + 1]
         found = matmul(_lagrange(points, self._secret_points), shares[: degree + 1])
         if self.pack == 1:
             return found[0]
@@ -123,10 +123,10 @@ class Shamir:
     ) -> bool:
         """Whether shares [present, *] lie on polynomials of the degree; true of degree + 1."""
         degree = self.degree if degree is None else degree
-        known, more = holders[: degree + 1], holders[degree + 1 :]
-        if not more:
+        points = self._points(holders)
+        points = points[: degree + 1], points[degree + 1 :]
+        if not points[1]:
             return True
-        points = tuple(holder + 1 for holder in known), tuple(holder + 1 for holder in more)
         return bool(
             (matmul(_lagrange(*points), shares[: degree + 1]) == shares[degree + 1 :]).all()
         )
@@ -143,6 +143,16 @@ class Shamir:
         mask = self.share(uniform(fold(key, "mask"), self.pack), fold(key, "masking"))
         opened = add(weighted_sum(flat, weights), mask.reshape(self.holders)[list(holders)])
         return self.consistent(opened[:, None], holders)
+
+    def _points(self, holders: Sequence[int]) -> tuple[int, ...]:
+        """Where holders have their values. A holder that counted twice would make any secret of
+        too few shares, one before the first would hold the secret itself."""
+        if len(set(holders)) < len(holders) or not set(holders) <= set(range(self.holders)):
+            raise UsageError(
+                f"Shamir: shares of holders {list(holders)}; need each once, 0 to "
+                f"{self.holders - 1}"
+            )
+        return tuple(holder + 1 for holder in holders)
 
     @property
     def _secret_points(self) -> tuple[int, ...]:
