@@ -39,12 +39,14 @@ def certain(flags: Mask) -> bool:
     return not flags.is_meta and bool(flags.all())
 
 
-def usable(x: Stack, mask: Mask) -> tuple[Stack, Mask]:
+def usable(x: Stack, mask: Mask | None = None) -> tuple[Stack, Mask]:
     """The stack with zeros in rows that do not count, and which rows do, bool [..., k].
 
-    mask may lack leading axes of x. Nothing may be written into the result: where all rows count it
-    is x itself.
+    mask may lack leading axes of x; None = all rows are there. Nothing may be written into the
+    result: where all rows count it is x itself.
     """
+    if mask is None:
+        mask = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
     # A sum is not finite when a number is not. One look at it spares a copy of everything; on a
     # device the copy costs less than the wait for that look.
     if x.is_cpu and mask.dim() < x.dim() and certain(mask) and certain(torch.isfinite(x.sum(-1))):

@@ -88,6 +88,14 @@ def _check_form(rule: Aggregator, x: Stack, mask: Mask) -> None:
     strided = x.mT.contiguous().mT
     expected = rule(x, mask=mask, center=x[..., 0, :])
     _close(rule(strided, mask=mask, center=x[..., 0, :]), expected, "memory layout matters")
+    if not hasattr(rule, "bind"):
+        none: Any = x[..., :0]
+        whole = mask.unsqueeze(-2).expand(*mask.shape, mask.shape[-1])
+        made = [rule(none, mask=mask, center=none[..., 0, :]).unsqueeze(-2)]
+        made += [getattr(rule, n)(none, m) for n, m in (("everyone", mask), ("among", whole))
+                 if hasattr(rule, n)]  # fmt: skip
+        for each in made:
+            assert each.shape[-1] == 0, f"aggregator: no coordinates became {each.shape[-1]}"
 
 
 def _check_stacking(rule: Aggregator, x: Stack, mask: Mask) -> None:

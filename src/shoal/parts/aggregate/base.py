@@ -133,7 +133,7 @@ class ByPlace(Plain):
     def among(self, x: Stack, heard: Mask) -> Stack:
         """All receivers, without a copy of the rows for each."""
         own = x
-        x, good = usable(x, torch.ones_like(x[..., 0], dtype=torch.bool))
+        x, good = usable(x)
         rows = heard.expand(*good.shape, good.shape[-1]) & good.unsqueeze(-2)
         return or_center(self.values(x.unsqueeze(-3), rows), rows.any(-1), own)
 

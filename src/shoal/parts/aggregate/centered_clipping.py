@@ -66,7 +66,7 @@ class CenteredClipping:
     def among(self, x: Stack, heard: Mask) -> Stack:
         """All receivers: one Gram matrix has the distances of the first iteration."""
         own = x
-        x, good = usable(x, torch.ones_like(x[..., 0], dtype=torch.bool))
+        x, good = usable(x)
         heard = heard.expand(*good.shape, good.shape[-1])
         if self.iterations > 1 or not certain(good):
             # Later centers are no rows, and a center that is not finite needs a median.

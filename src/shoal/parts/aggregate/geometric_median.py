@@ -54,7 +54,7 @@ class GeometricMedian(Plain):
     def among(self, x: Stack, heard: Mask) -> Stack:
         """All receivers: distances to their starts and between rows are inner products."""
         own = x
-        x, good = usable(x, torch.ones_like(x[..., 0], dtype=torch.bool))
+        x, good = usable(x)
         rows = heard.expand(*good.shape, good.shape[-1]) & good.unsqueeze(-2)
         start = middle(x.unsqueeze(-3), rows)
         pivot = majority_row(x, good).unsqueeze(-2).to(torch.float64)

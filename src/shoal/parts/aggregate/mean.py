@@ -69,7 +69,7 @@ class Mean:
             mixed = _product(weight.to(x.dtype), x)
             if certain(torch.isfinite(mixed.sum(-1))):
                 return mixed.div_(total.to(x.dtype))
-        x, rows = usable(x, torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device))
+        x, rows = usable(x)
         # Totals in the weights' own precision: rounded first, they would bend every coordinate.
         total = _product(weight, rows.to(weight.dtype).unsqueeze(-1))
         some = total > 0

@@ -69,7 +69,7 @@ class NNA:
     def among(self, x: Stack, heard: Mask) -> Stack:
         """The same with other rows in hand at each receiver."""
         own = x
-        x, good = usable(x, torch.ones_like(x[..., 0], dtype=torch.bool))
+        x, good = usable(x)
         heard = heard.expand(*good.shape, good.shape[-1])
         rows = heard & good.unsqueeze(-2)
         square = pivoted(squared_distances(x, heard.any(-2) & good), rows)

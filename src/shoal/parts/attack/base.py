@@ -61,7 +61,7 @@ def need_factor(part: str, value: object) -> None:
 
 def honest_mean(view: View) -> tuple[Vector, Stack, Mask]:
     """Mean [..., dim] of the finite honest rows, those rows with zeros elsewhere, and which."""
-    x, rows = usable(view.honest, torch.ones_like(view.honest[..., 0], dtype=torch.bool))
+    x, rows = usable(view.honest)
     return masked_mean(x, rows), x, rows
 
 
