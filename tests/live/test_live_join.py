@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import threading
@@ -19,6 +18,7 @@ from shoal.base.errors import SimulationError, UsageError
 from shoal.engine.live.join import join_live
 from shoal.engine.live.joining import Joining, Status
 from shoal.engine.live.settings import LiveSettings
+from shoal.wire import codec
 from shoal.wire.identity import Identity
 from shoal.wire.message import message
 from shoal.world.faults import Join
@@ -157,7 +157,7 @@ def test_strangers_and_other_programs_are_turned_away_with_the_reason() -> None:
     with pytest.raises(UsageError, match="own key"):
         Joining(identity=stranger, allow=allow)
     # Neither noise nor a huge claim nor silence disturbs the desk.
-    claim = b"ShBk" + struct.pack("<2sBBIqIIQ", b"Sh", 1, 0, 1, 0, 1 << 30, 0, 1 << 40)
+    claim = b"ShBk" + codec.PREFIX.pack(b"Sh", codec.VERSION, 0, 1, 0, 0, 1 << 30, 1 << 40)
     for data in (b"ShBk" + bytes(32), b"ShBk" + b"\xff" * 64, b"S", b"GET / HTTP\r\n", claim):
         with socket.create_connection(where) as connection:
             connection.sendall(data)

@@ -286,7 +286,7 @@ def test_who_begins_and_does_not_go_on_is_cut_off() -> None:
                 await until(lambda: closed(prefix), 3.0)
             chunks = await asyncio.to_thread(call, pair.addresses[1])
             total = 4 * CHUNK_BYTES
-            head = codec.PREFIX.pack(b"Sh", 1, 0, 1, 0, 8, 0, total - 40)
+            head = codec.PREFIX.pack(b"Sh", codec.VERSION, 0, 1, 0, 0, 8, total - 40)
             record = Record(Kind.CHUNK, number=1, total=total).pack()
             chunks.sendall(record + head + bytes(CHUNK_BYTES - 32))
             for number in range(1, 4):

@@ -79,7 +79,7 @@ def test_only_finished_experts_are_sent() -> None:
     payload, _ = load.transform.encode(load.initial, None, torch.tensor(0))
     assert found.messages_sent == 2 * 3
     assert found.bytes_by_kind == {
-        "Checkpoint": 3 * size_of(Checkpoint(Packed(payload), 1 << 31)),
+        "Checkpoint": 3 * size_of(Checkpoint(Packed(payload))),
         "Taken": 3 * size_of(Taken(True)),
     }  # fmt: skip
     assert last(found, "experts") == 4

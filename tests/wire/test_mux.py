@@ -282,6 +282,11 @@ def chunk(number: int, total: int, index: int = 0, back: int = 0) -> bytes:
     return Record(Kind.CHUNK, number=number, part=index, back=back, total=total).pack()
 
 
+def prefix(body_bytes: int) -> bytes:
+    """Of a frame with a header of 8 bytes."""
+    return codec.PREFIX.pack(b"Sh", codec.VERSION, 0, 1, 0, 0, 8, body_bytes)
+
+
 def take(limits: Limits, *records: bytes) -> Receiver:
     receiver = Receiver(limits)
     receiver.join(Inflow(limits), 7)
@@ -304,7 +309,7 @@ def take(limits: Limits, *records: bytes) -> Receiver:
         ((b"Sm\x63" + bytes(29),), DecodeError, "kind 99"),
         ((b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n",), DecodeError, "no Shoal peer"),
         ((chunk(1, 100) + bytes(100),), DecodeError, "no Shoal peer"),
-        ((codec.PREFIX.pack(b"Sh", 1, 0, 1, 0, 8, 0, 1 << 20),), MessageTooLarge, "in chunks"),
+        ((prefix(1 << 20),), MessageTooLarge, "in chunks"),
     ],
 )
 def test_what_no_caller_may_send_is_refused(records: Any, error: Any, text: str) -> None:
@@ -313,7 +318,7 @@ def test_what_no_caller_may_send_is_refused(records: Any, error: Any, text: str)
 
 
 def test_frames_that_are_partly_here_are_bounded_in_number_and_bytes() -> None:
-    payload = codec.PREFIX.pack(b"Sh", 1, 0, 1, 0, 8, 0, (2 << 20) - 40) + bytes(CHUNK_BYTES - 32)
+    payload = prefix((2 << 20) - 40) + bytes(CHUNK_BYTES - 32)
     few = Limits(open_frames=3)
     begun = [chunk(number, 2 << 20) + payload for number in range(1, 5)]
     assert take(few, *begun[:3])._flow.partial == 3  # pyright: ignore[reportOptionalMemberAccess]

@@ -27,7 +27,7 @@ _NOTHING: Mapping[str, Tensor] = {}
 _FREE = Cost()
 
 
-@message(tag=("round", "hop"))
+@message(tag=("round", "hop"), checked=True)
 class Update:
     """A peer's payload of one hop. weight: None when the strategy gives none."""
 
@@ -38,7 +38,7 @@ class Update:
     extra: dict[str, Tensor]
 
 
-@message(tag=("round",))
+@message(tag=("round",), checked=True)
 class Model:
     """The hub's parameters at the start of a round, and what the strategy gives beside them."""
 

@@ -25,23 +25,21 @@ from shoal.rounds.strategy import Strategy
 from shoal.rounds.transform import Payload
 from shoal.rounds.workload import Workload
 from shoal.tensor.types import Mask, Vector
-from shoal.wire.checksum import intact, sealed
 from shoal.wire.message import Packed, message
 
 TYPICAL_FLOPS_PER_S = 1e8
 """Without a period of its own, a turn is as frequent as a machine of this speed can take four."""
 
 
-@message
+@message(checked=True)
 class News:
-    """What a peer has to say in a turn. weight: None when the strategy gives none; check: the
-    checksum of the rest, since what was damaged must not be averaged."""
+    """What a peer has to say in a turn. weight: None when the strategy gives none. Checked,
+    since what was damaged must not be averaged."""
 
     turn: int
     payload: Packed
     weight: float | None
     extra: dict[str, Tensor]
-    check: int = 0
 
 
 @dataclass(frozen=True)
@@ -119,7 +117,7 @@ async def _listen(peer: Peer, own: _Own, end_s: float) -> None:
     last: dict[int, int] = {}
     while (heard := await peer.recv(News, deadline=end_s)) is not None:
         told, source = heard.message, int(heard.source)
-        if intact(told) and told.turn > last.get(source, -1):
+        if told.turn > last.get(source, -1):
             own.news[source], last[source] = told, told.turn
 
 
@@ -141,7 +139,7 @@ async def _turns(peer: Peer, own: _Own, end_s: float) -> None:
             cost=method.work_cost,
         )  # fmt: skip
         given = None if weight is None else float(weight)
-        news = sealed(News(turn, Packed(payload), given, dict(extra)))
+        news = News(turn, Packed(payload), given, dict(extra))
         for neighbor in peer.neighbors:
             await peer.send(PeerId(neighbor), news)
         used = " ".join(f"{p}.{own.news[p].turn}" for p in peer.neighbors if p in own.news)

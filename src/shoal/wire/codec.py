@@ -1,13 +1,18 @@
 """Messages as bytes: a fixed prefix, a msgpack header, raw segments. No pickle, no code.
 
-    prefix    32 bytes: magic "Sh", version, flags, kind code, request, header length,
-              number of segments, body length
+    prefix    32 bytes: magic "Sh", version, flags, kind code, request, checksum, header length,
+              body length
     header    msgpack array of the message's fields; a tensor stands there as its type and shape
     segments  raw little-endian tensor bytes and packed payloads
 
 Header and segments start at multiples of 8, so that a received tensor is a view, not a copy. A view
 whose memory does not start at a multiple of 64 is copied once: BLAS kernels peel by alignment, so
 a dot product of the same numbers at another address may differ in its last bits.
+The checksum is the CRC-32 of all other bytes in messages that are declared `checked`, else 0. Links
+protect their bytes by themselves; it finds a bit that flips elsewhere (memory, a proxy, the fault
+`corrupt`): any damage of up to 32 bits in a row, and all other damage but once in 2^32. It is no
+defence against anybody who means it.
+
 Everything a frame claims is checked against the limits and against its own length before any
 memory is taken for it.
 """
@@ -19,6 +24,7 @@ import sys
 import threading
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
+from zlib import crc32
 
 import msgspec
 
@@ -32,8 +38,10 @@ if TYPE_CHECKING:
 Buffer = bytes | bytearray | memoryview
 
 PREFIX = struct.Struct("<2sBBIqIIQ")
+_CHECK = struct.Struct("<I")
+_CHECK_AT = 16
 MAGIC = b"Sh"
-VERSION = 1
+VERSION = 2
 _TENSOR = 1
 _SEGMENT = 2
 _PLACE = struct.Struct("<IQ")
@@ -147,10 +155,14 @@ def encode(message: Message, request: int = 0) -> list[Buffer]:
             body.append(b"\0" * gap)
             body_bytes += gap
     gap = _pad(len(header)) - len(header)
-    prefix = PREFIX.pack(
-        MAGIC, VERSION, 0, message.code, request, len(header), len(parts), body_bytes
-    )
-    return [prefix + header + b"\0" * gap, *body]
+    code, short, padded = message.code, len(header), header + b"\0" * gap
+    prefix = PREFIX.pack(MAGIC, VERSION, 0, code, request, 0, short, body_bytes)
+    if message.checked:
+        check = crc32(padded, crc32(prefix))
+        for part in body:
+            check = crc32(part, check)
+        prefix = PREFIX.pack(MAGIC, VERSION, 0, code, request, check, short, body_bytes)
+    return [prefix + padded, *body]
 
 
 class Prefix(msgspec.Struct, frozen=True):
@@ -158,8 +170,8 @@ class Prefix(msgspec.Struct, frozen=True):
 
     code: int
     request: int
+    check: int
     header_bytes: int
-    segments: int
     body_bytes: int
     rest_bytes: int
     """how many bytes follow the prefix"""
@@ -169,16 +181,18 @@ def read_prefix(data: Buffer, limits: Limits = DEFAULT) -> Prefix:
     """Check and read the first 32 bytes of a frame."""
     if len(data) < PREFIX.size:
         raise DecodeError(f"frame: {len(data)} bytes; a prefix has {PREFIX.size}")
-    magic, version, flags, code, request, header, segments, body = PREFIX.unpack_from(data)
+    magic, version, flags, code, request, check, header, body = PREFIX.unpack_from(data)
     if magic != MAGIC:
         raise DecodeError(f"frame: starts with {magic!r}, not {MAGIC!r}: no Shoal peer")
     if version != VERSION or flags:
-        raise DecodeError(f"frame: version {version} flags {flags}; this build reads version 1")
+        raise DecodeError(
+            f"frame: version {version} flags {flags}; this build reads version {VERSION}"
+        )
     if header > limits.header_bytes:
         raise MessageTooLarge(f"frame: header of {header} bytes; limit {limits.header_bytes}")
     if PREFIX.size + header + body > limits.frame_bytes:
         raise MessageTooLarge(f"frame: {header + body} bytes; limit {limits.frame_bytes}")
-    return Prefix(code, request, header, segments, body, _pad(header) + body)
+    return Prefix(code, request, check, header, body, _pad(header) + body)
 
 
 def decode(
@@ -199,11 +213,10 @@ def decode(
     if kind is None:
         raise DecodeError(f"frame: kind {prefix.code:#010x} is not declared here (import it)")
     view = memoryview(data)
+    if kind.checked or prefix.check:
+        _compare(kind, view, prefix.check)
     end = PREFIX.size + prefix.header_bytes
-    body = _NO_BODY
-    if prefix.segments or prefix.body_bytes:
-        body = _Body(view[_pad(end) :], prefix.segments)
-    _local.body = body
+    _local.body = body = _Body(view[_pad(end) :])
     try:
         message = _decoder(kind).decode(view[PREFIX.size : end])
         body.finish()
@@ -219,17 +232,25 @@ def decode(
     return message, prefix.request
 
 
-class _Body:
-    """Hands out segments in order; each exactly once, as announced."""
+def _compare(kind: type[Message], frame: memoryview, check: int) -> None:
+    if not kind.checked:
+        raise DecodeError(f"frame: {kind.__name__} with a checksum, which it does not have")
+    after = _CHECK_AT + _CHECK.size
+    found = crc32(frame[after:], crc32(bytes(_CHECK.size), crc32(frame[:_CHECK_AT])))
+    if found != check:
+        raise DecodeError(f"frame: {kind.__name__}: checksum {check:#010x} on {found:#010x}")
 
-    def __init__(self, view: memoryview, segments: int) -> None:
+
+class _Body:
+    """Hands out segments in order, each exactly once, until nothing is left."""
+
+    def __init__(self, view: memoryview) -> None:
         self._view = view
-        self._segments = segments
         self._next = 0
         self._offset = 0
 
     def take(self, index: int, length: int) -> memoryview:
-        if index != self._next or index >= self._segments:
+        if index != self._next:
             raise DecodeError(f"frame: segment {index} out of order")
         end = self._offset + length
         if end > len(self._view):
@@ -240,11 +261,8 @@ class _Body:
         return piece
 
     def finish(self) -> None:
-        if self._next != self._segments or self._offset != len(self._view):
+        if self._offset != len(self._view):
             raise DecodeError("frame: segments left over")
-
-
-_NO_BODY = _Body(memoryview(b""), 0)
 
 
 def _extension(code: int, data: memoryview) -> Tensor | Packed:

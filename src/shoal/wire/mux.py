@@ -254,7 +254,7 @@ class Cutter:
                 total = self._small(data)
                 prefix = self.prefix
                 assert prefix is not None
-                if total > have or prefix.segments:
+                if total > have or prefix.body_bytes:
                     self._goal = place(total, total - prefix.body_bytes)
                 else:
                     self._data = data[total:]

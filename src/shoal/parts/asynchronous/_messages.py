@@ -7,7 +7,7 @@ from torch import Tensor
 from shoal.wire.message import Packed, message
 
 
-@message
+@message(checked=True)
 class Call:
     """A client hands in a work, or asks for a model, or both.
 
@@ -25,10 +25,9 @@ class Call:
     steps: int
     weight: float
     payload: Packed
-    check: int = 0
 
 
-@message
+@message(checked=True)
 class Answer:
     """What became of the work `about`, and the model for the next one if there is one to give.
 
@@ -43,16 +42,14 @@ class Answer:
     version: int
     steps: int
     params: Tensor | None
-    check: int = 0
 
 
-@message
+@message(checked=True)
 class Finished:
     """There will be no more versions; params is the last one."""
 
     version: int
     params: Tensor
-    check: int = 0
 
 
 @message

@@ -19,7 +19,6 @@ from shoal.parts.asynchronous._messages import Answer, Call
 from shoal.parts.asynchronous.desk import TAKEN
 from shoal.rounds.workload import Workload
 from shoal.tensor.types import Vector
-from shoal.wire.checksum import intact, sealed
 from shoal.wire.message import Packed
 
 _OUTBOX = "outbox"
@@ -134,14 +133,14 @@ class Client:
         peer = self.peer
         heard_s = peer.now()
         while True:
-            await peer.send(self.server, sealed(call))
+            await peer.send(self.server, call)
             until_s = peer.now() + self.patience_s
             while True:
                 envelope = await peer.recv(Answer, source=self.server, deadline=until_s)
                 if envelope is None:
                     break
                 heard_s = peer.now()
-                if intact(envelope.message) and fits(envelope.message):
+                if fits(envelope.message):
                     return envelope.message
             if peer.now() - heard_s >= self.give_up_s:
                 raise ServerLost(

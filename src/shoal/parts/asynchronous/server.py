@@ -21,7 +21,6 @@ from shoal.parts.asynchronous.rule import Action, Advance, Delta, Drop, Moment, 
 from shoal.parts.asynchronous.versions import Versions
 from shoal.tensor import tree
 from shoal.tensor.types import Index, Vector, Weight
-from shoal.wire.checksum import intact, sealed
 
 if TYPE_CHECKING:
     from shoal.parts.asynchronous.learning import Learning
@@ -135,7 +134,7 @@ class Server:
 
     async def _hear(self, envelope: Envelope[Call]) -> None:
         call, client = envelope.message, int(envelope.source)
-        if self.over or client not in self.desk.settled or not intact(call):
+        if self.over or client not in self.desk.settled:
             return
         now_s, verdict = self.peer.now(), ""
         idle = client in self.waiting
@@ -261,7 +260,7 @@ class Server:
             # Everybody is told so in a moment.
             return
         for client, answer in answers:
-            await self.peer.send(PeerId(client), sealed(answer))
+            await self.peer.send(PeerId(client), answer)
 
     def _items(self) -> dict[str, Any]:
         leaves, _ = tree.flatten(self.state)
@@ -292,7 +291,7 @@ class Server:
         if not self.over or versions.version == 0:
             peer.record("params", versions.params)
         left = set(self.clients)
-        farewell = sealed(Finished(versions.version, versions.params))
+        farewell = Finished(versions.version, versions.params)
         for _ in range(FAREWELLS):
             for client in sorted(left):
                 await peer.send(PeerId(client), farewell)

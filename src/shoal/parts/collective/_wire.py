@@ -34,7 +34,7 @@ class Vote:
     epoch: int = 0
 
 
-@message
+@message(checked=True)
 class Status:
     """A peer to the master: a heartbeat with everything it waits for.
 
@@ -50,7 +50,6 @@ class Status:
     detail: bytes
     votes: tuple[Vote, ...]
     leaving: bool
-    check: int = 0
 
 
 @message
@@ -69,7 +68,7 @@ class Word:
     differ: tuple[tuple[int, str], ...] = ()
 
 
-@message
+@message(checked=True)
 class Ruling:
     """The master to a peer: all that concerns it.
 
@@ -89,4 +88,3 @@ class Ruling:
     answer: str
     detail: bytes
     words: tuple[Word, ...]
-    check: int = 0

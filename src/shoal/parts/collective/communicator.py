@@ -51,7 +51,6 @@ from shoal.parts.collective.shared_state import (
     read_dissenters,
     read_plan,
 )
-from shoal.wire.checksum import intact, sealed
 from shoal.wire.message import message
 
 T = TypeVar("T")
@@ -464,7 +463,7 @@ class Communicator:
             self._session, self._number, self.group, self._call_name, self._turn, self._detail,
             votes, leaving,
         )  # fmt: skip
-        await self.peer.send(self.master, sealed(status))
+        await self.peer.send(self.master, status)
 
     async def _beat(self) -> None:
         while self._lost is None:
@@ -481,8 +480,6 @@ class Communicator:
                 self._fail(MasterLost(f"no word from peer {self.master} (connect anew)"))
                 return
             ruling = envelope.message
-            if not intact(ruling):
-                continue
             heard_s = self.peer.now()
             if ruling.session != self._session or 0 < ruling.number <= self._heard:
                 continue

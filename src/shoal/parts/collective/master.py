@@ -47,7 +47,6 @@ from shoal.parts.collective._wire import (
 )
 from shoal.parts.collective.search import Search
 from shoal.parts.collective.shared_state import Election, dissenters
-from shoal.wire.checksum import intact, sealed
 
 _PATIENCE = 6.0
 _GROUP_PATIENCE = 3.0
@@ -104,14 +103,14 @@ class Master:
             while not state.over(peer.now()):
                 envelope = await peer.recv(Status, deadline=tick_s)
                 now = peer.now()
-                if envelope is not None and intact(envelope.message):
+                if envelope is not None:
                     state.heard(int(envelope.source), envelope.message, now)
                 # A deadline is met to the nanosecond only.
                 if envelope is None or now >= tick_s:
                     state.tick(now, now - tick_s)
                     tick_s = now + self.heartbeat_s
                 for to, ruling in state.rulings():
-                    await peer.send(PeerId(to), sealed(ruling))
+                    await peer.send(PeerId(to), ruling)
                 if state.orders.open_question() is not None and (search is None or search.done):
                     search = tasks.start(self._search(peer, state))
             if search is not None:

@@ -1,4 +1,4 @@
-"""What the peers of a pipeline tell each other, each message with a checksum of all of it."""
+"""What the peers of a pipeline tell each other, all of it checked."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from shoal.base.errors import DecodeError
-from shoal.wire.checksum import intact
 from shoal.wire.message import message
 
 FORWARD, BACKWARD, LOST, END = range(4)
@@ -19,7 +17,7 @@ LAST = 1 << 40
 M = TypeVar("M")
 
 
-@message(tag=("attempt", "iteration"))
+@message(tag=("attempt", "iteration"), checked=True)
 class Flow:
     """Activations or gradients [batch, length, width] of a microbatch, from stage to stage.
 
@@ -33,18 +31,16 @@ class Flow:
     attempt: int
     micro: int
     values: Tensor
-    check: int = 0
 
 
-@message
+@message(checked=True)
 class Ask:
     """Part 0 to a stage: where do you stand?"""
 
     number: int
-    check: int = 0
 
 
-@message
+@message(checked=True)
 class Standing:
     """A stage's answer to every order.
 
@@ -59,10 +55,9 @@ class Standing:
     busy: bool
     copy: int
     kept: tuple[int, ...]
-    check: int = 0
 
 
-@message
+@message(checked=True)
 class Apply:
     """Take the step from `version` with the gradients of this attempt; copy: part 0's parameters
     after it, for those who hold them (else empty)."""
@@ -70,47 +65,35 @@ class Apply:
     version: int
     attempt: int
     copy: Tensor
-    check: int = 0
 
 
-@message
+@message(checked=True)
 class Rebuild:
     """You are lost: make yourself of your neighbours, which stand at `version`."""
 
     version: int
     copy: Tensor
-    check: int = 0
 
 
-@message
+@message(checked=True)
 class Rewind:
     """Go back to your checkpoint of `version`."""
 
     version: int
     copy: Tensor
-    check: int = 0
 
 
-@message
+@message(checked=True)
 class Give:
     """What you hold at `version`, please: of yourself, or (outer) your copy of part 0."""
 
     version: int
     outer: bool
-    check: int = 0
 
 
-@message
+@message(checked=True)
 class Held:
     """The answer to `Give`: parameters [dim], and the squared norm of the last gradient."""
 
     params: Tensor
     square: float
-    check: int = 0
-
-
-def opened(message: M) -> M:
-    """The message, or DecodeError when it was damaged."""
-    if not intact(message):
-        raise DecodeError(f"{type(message).__name__}: it was damaged on its way (send it again)")
-    return message

@@ -33,7 +33,6 @@ from shoal.parts.pipeline.base import StageState, Unrecoverable
 from shoal.parts.pipeline.leading import Leading
 from shoal.parts.pipeline.plan import Plan
 from shoal.tensor.types import Vector
-from shoal.wire.checksum import intact, sealed
 
 PAUSE_S = 0.05
 
@@ -97,7 +96,7 @@ class Head:
     async def _end(self) -> None:
         nothing = torch.zeros(0, device="cpu")
         for stage in self.stages:
-            await self.peer.send(PeerId(stage), sealed(Flow(END, LAST, LAST, 0, nothing)))
+            await self.peer.send(PeerId(stage), Flow(END, LAST, LAST, 0, nothing))
 
     # An iteration.
 
@@ -148,7 +147,7 @@ class Head:
                 self.limit_s = min(2.0 * self.limit_s, self.leading.patience_s)
                 return None
             flow = found.message
-            if not intact(flow) or flow.micro not in batches or flow.micro in done:
+            if flow.micro not in batches or flow.micro in done:
                 continue
             if flow.what == LOST:
                 return None
@@ -180,7 +179,7 @@ class Head:
 
     async def _send(self, to: int, what: int, micro: int, values: Tensor) -> None:
         flow = Flow(what, self.version, self.attempt, micro, values)
-        await self.peer.send(PeerId(to), sealed(flow))
+        await self.peer.send(PeerId(to), flow)
 
     async def _commit(self) -> bool:
         """All stages take the step of the attempt that has just succeeded."""
@@ -331,7 +330,6 @@ class Head:
     async def _asked(self, stage: int, question: Any) -> Any:
         deadline = self.peer.now() + self.limit_s
         try:
-            answer = await self.peer.request(PeerId(stage), sealed(question), deadline=deadline)
+            return await self.peer.request(PeerId(stage), question, deadline=deadline)
         except PeerError:
             return None
-        return answer if intact(answer) else None

@@ -25,12 +25,10 @@ from shoal.parts.pipeline._wire import (
     Rebuild,
     Rewind,
     Standing,
-    opened,
 )  # fmt: skip
 from shoal.parts.pipeline.base import StageState
 from shoal.parts.pipeline.plan import Plan
 from shoal.tensor.types import Vector
-from shoal.wire.checksum import intact, sealed
 
 HEAD = PeerId(0)
 
@@ -81,7 +79,7 @@ class Stage:
             if found is None:
                 if self.heard_s == heard_s:
                     break
-            elif intact(found.message):
+            else:
                 self.heard_s = peer.now()
                 ended = found.message.what == END
                 await self._take(found.message)
@@ -110,7 +108,7 @@ class Stage:
     async def _lost(self, flow: Flow) -> None:
         nothing = torch.zeros(0, device="cpu")
         told = Flow(LOST, flow.iteration, flow.attempt, flow.micro, nothing)
-        await self.peer.send(HEAD, sealed(told))
+        await self.peer.send(HEAD, told)
 
     async def _forward(self, flow: Flow) -> None:
         peer, plan = self.peer, self.plan
@@ -150,19 +148,16 @@ class Stage:
 
     async def _pass_on(self, to: int, flow: Flow, values: Tensor) -> None:
         passed = Flow(flow.what, flow.iteration, flow.attempt, flow.micro, values)
-        await self.peer.send(PeerId(to), sealed(passed))
+        await self.peer.send(PeerId(to), passed)
 
     # What is ordered.
 
     def _standing(self) -> Standing:
         complete = len(self.gradients) == self.plan.schedule.micro
         copy = -1 if self.copy is None else self.copy[0]
-        return sealed(
-            Standing(self.version, self.attempt, complete, self.busy, copy, self.keeper.kept())
-        )
+        return Standing(self.version, self.attempt, complete, self.busy, copy, self.keeper.kept())
 
     async def _stand(self, envelope: Envelope[Ask]) -> Standing:
-        opened(envelope.message)
         self.heard_s = self.peer.now()
         return self._standing()
 
@@ -172,12 +167,11 @@ class Stage:
         """One order at a time; whoever asks again meanwhile is told that this stage is busy."""
 
         async def handle(envelope: Envelope[Any]) -> Standing:
-            message = opened(envelope.message)
             self.heard_s = self.peer.now()
             if not self.busy:
                 self.busy = True
                 try:
-                    await order(message)
+                    await order(envelope.message)
                 finally:
                     self.busy = False
             return self._standing()
@@ -212,9 +206,9 @@ class Stage:
         peer, plan = self.peer, self.plan
         given: dict[int, StageState] = {}
         for source in plan.recovery.sources(peer.id, plan.stages):
-            asked = sealed(Give(order.version, False))
+            asked = Give(order.version, False)
             deadline = peer.now() + self.patience_s / 8
-            held = opened(await peer.request(PeerId(source), asked, deadline=deadline))
+            held = await peer.request(PeerId(source), asked, deadline=deadline)
             given[source] = StageState(held.params, None, square=held.square)
         self.state = plan.rebuilt(peer.id, given, peer.key("again", order.version))
         self._moved(order.version, order.copy)
@@ -239,11 +233,11 @@ class Stage:
             self.copy = (version, copy)
 
     async def _give(self, envelope: Envelope[Give]) -> Held:
-        asked = opened(envelope.message)
+        asked = envelope.message
         if asked.outer:
             if self.copy is None or self.copy[0] != asked.version:
                 raise PeerError(f"stage {self.peer.id} has no copy of version {asked.version}")
-            return sealed(Held(self.copy[1], 0.0))
+            return Held(self.copy[1], 0.0)
         if self.busy or self.version != asked.version:
             raise PeerError(f"stage {self.peer.id} stands at {self.version}, not {asked.version}")
-        return sealed(Held(self.state.params, self.state.square))
+        return Held(self.state.params, self.state.square)

@@ -14,23 +14,22 @@ from shoal.rounds.task import Batch, Shard, Task
 from shoal.systems.baselines._cga_projection import projected
 from shoal.tensor.stack import combine
 from shoal.tensor.types import Key, Mask, Stack, Vector, Weight
-from shoal.wire.checksum import intact, sealed
+from shoal.wire.checksum import checksum
 from shoal.wire.message import Packed, message
 
 if TYPE_CHECKING:
     from shoal.systems.baselines.cga import Bound
 
 
-@message(tag=("round",))
+@message(tag=("round",), checked=True)
 class Model:
     """A peer's parameters at the start of a round."""
 
     round: int
     payload: Packed
-    check: int = 0
 
 
-@message(tag=("round",))
+@message(tag=("round",), checked=True)
 class Cross:
     """The gradient of the receiver's model on the sender's data. about: the model's checksum, since
     a peer that has lost its memory may come to a round a second time, with another model."""
@@ -38,7 +37,6 @@ class Cross:
     round: int
     about: int
     payload: Packed
-    check: int = 0
 
 
 def gradients(models: Stack, shard: Shard, key: Key, task: Task, batch_size: int) -> Stack:
@@ -95,7 +93,7 @@ class Node:
         peer.enter_round(round)
         others, weights = bound.neighborhood(peer.id, round)
         payload, mine, self.codec = self._encoded(self.params, self.codec, "model", round)
-        told = sealed(Model(round, payload))
+        told, mark = Model(round, payload), checksum(payload)
         for other in others:
             await peer.send(PeerId(other), told)
         middle_s, end_s = ((round + part) * bound.round_s for part in (0.5, 1.0))
@@ -111,10 +109,10 @@ class Node:
         peer.record("answered", len(answered), others=" ".join(map(str, answered)))
         for other, gradient in zip(others, made[1:], strict=True):
             if other in answered:
-                about = got[other].check
+                about = checksum(got[other].payload)
                 await peer.send(PeerId(other), self._answer(gradient, other, round, about))
         back = await self._gather(Cross, round, others, end_s)
-        ours = {other: each for other, each in back.items() if each.about == told.check}
+        ours = {other: each for other, each in back.items() if each.about == mark}
         cross = [self._read(ours.get(other), like=mine) for other in others]
         given = [gradient is not None for gradient in cross]
         there = self.workload.there
@@ -156,7 +154,7 @@ class Node:
         if codec is None:
             codec = self.workload.transform.init(gradient)
         payload, _, self.codecs[other] = self._encoded(gradient, codec, "cross", round, other)
-        return sealed(Cross(round, about, payload))
+        return Cross(round, about, payload)
 
     def _encoded(self, vector: Vector, codec: Any, *key: int | str) -> tuple[Packed, Vector, Any]:
         """What is sent, what its receivers read, and the transform's memory."""
@@ -165,8 +163,8 @@ class Node:
         return Packed(payload), transform.decode(payload), codec
 
     def _read(self, told: Model | Cross | None, like: Vector) -> Vector | None:
-        """The vector in a message; None when there is no message, or it was damaged."""
-        if told is None or not intact(told):
+        """The vector in a message; None when there is no message, or it holds none."""
+        if told is None:
             return None
         content, transform = told.payload.content, self.workload.transform
         try:

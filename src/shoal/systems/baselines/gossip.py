@@ -27,20 +27,18 @@ from shoal.rounds.workload import Workload
 from shoal.tensor import keyed
 from shoal.tensor.flops import count_flops
 from shoal.tensor.types import Key, Vector
-from shoal.wire.checksum import intact, sealed
 from shoal.wire.message import Packed, message
 from shoal.world.record import Run
 
 
-@message
+@message(checked=True)
 class Push:
-    """A model and how many updates it has seen. due_s: the date of its turn on its sender's clock;
-    check: the checksum of the rest, since a damaged model would spoil all that it meets."""
+    """A model and how many updates it has seen. due_s: the date of its turn on its sender's
+    clock. Checked, since a damaged model would spoil all that it meets."""
 
     payload: Packed
     age: float
     due_s: float
-    check: int = 0
 
 
 def update(
@@ -114,7 +112,7 @@ class Gossip:
                 to = peer.choice(neighbors, "push", period)
                 packed = Packed(own.encode(peer, period))
                 told = Push(packed, float(own.age), start + turn * own.period_s)
-                await peer.send(to, sealed(told))
+                await peer.send(to, told)
             if own.reports(period):
                 peer.record("params", own.params)
             turn += 1
@@ -127,8 +125,6 @@ class Gossip:
             if heard is None:
                 break
             push = heard.message
-            if not intact(push):
-                continue
             other = own.decode(push.payload)
             other_age = torch.tensor(push.age, dtype=torch.float64)
             before = float(own.age)

@@ -13,7 +13,6 @@ from shoal.systems.compression._just_one_byte_wire import (
     Offer,
     Ordered,
 )
-from shoal.wire.checksum import intact, sealed
 
 if TYPE_CHECKING:
     from shoal.systems.compression._just_one_byte_peer import Node
@@ -60,14 +59,14 @@ class Sequencer:
             if now == node.last:
                 node.done = True
                 for member in node.replica.log.group:
-                    await self._say(member, sealed(Ordered(term, now, b"")))
+                    await self._say(member, Ordered(term, now, b""))
                 return
             await self._check(offers)
             before = node.replica.log.group
             group = self._next_group(before)
             machines = tuple(sorted(m for m in offers if m in group))
             entry = Entry(group, machines, b"".join(offers[m].codes for m in machines))
-            ordered = sealed(Ordered(term, now, entry.pack(before)))
+            ordered = Ordered(term, now, entry.pack(before))
             for member in group:
                 await self._say(member, ordered)
             await node.replica.extend([entry])
@@ -99,8 +98,6 @@ class Sequencer:
                 await self._repeat(missing)
                 continue
             offer, source = envelope.message, int(envelope.source)
-            if not intact(offer):
-                continue
             self.heard_s[source] = peer.now()
             node.term = max(node.term, offer.term)
             if source in group and self._fits(offer, term, now):
@@ -127,7 +124,7 @@ class Sequencer:
             node.replica.heal()
         for member, offer in offers.items():
             if offer.digest not in (0, common) and member != node.peer.id:
-                await self._say(member, sealed(Drifted(node.term, node.replica.log.end)))
+                await self._say(member, Drifted(node.term, node.replica.log.end))
 
     def _next_group(self, group: tuple[int, ...]) -> tuple[int, ...]:
         """The group with one member less or one more, if somebody went or wants to come."""
@@ -153,7 +150,7 @@ class Sequencer:
         if node.replica.log.entries:
             before = node.replica.log.group_before(node.replica.log.end - 1)
             entry = node.replica.log.entries[-1].pack(before)
-            ordered = sealed(Ordered(node.term, node.replica.log.end - 1, entry))
+            ordered = Ordered(node.term, node.replica.log.end - 1, entry)
             for member in members:
                 await self._say(member, ordered)
 
@@ -168,7 +165,7 @@ class Sequencer:
                 told = now - self.told_s.get(member, -1e9) < pause_s
                 heard = now - self.heard_s.get(member, now) < 2 * pause_s
                 if not (told and heard):
-                    await self._say(member, sealed(Beat(term, False, False)))
+                    await self._say(member, Beat(term, False, False))
 
     async def _say(self, to: int, told: Ordered | Beat | Drifted) -> None:
         self.told_s[to] = self.node.peer.now()
@@ -185,7 +182,7 @@ class Sequencer:
     async def asked(self, source: int) -> None:
         """Somebody looks for a sequencer: it is here."""
         if source in self.node.replica.log.group:
-            await self._say(source, sealed(Beat(self.node.term, False, False)))
+            await self._say(source, Beat(self.node.term, False, False))
         else:
             self.waiting.setdefault(source, -1)
 

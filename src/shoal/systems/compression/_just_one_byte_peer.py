@@ -30,7 +30,6 @@ from shoal.systems.compression._just_one_byte_wire import (
     Want,
     Whole,
 )
-from shoal.wire.checksum import intact, sealed
 
 if TYPE_CHECKING:
     from shoal.kernel.peer import Envelope
@@ -100,7 +99,7 @@ class Node:
     async def leave(self) -> None:
         """Say that this peer goes, so that nobody waits for it."""
         if self.holds and not self.done:
-            await self.say(self._sequencer_id(), sealed(Beat(self.term, True, True)))
+            await self.say(self._sequencer_id(), Beat(self.term, True, True))
 
     async def say(self, to: int, told: Any) -> None:
         if to != self.peer.id:
@@ -126,7 +125,7 @@ class Node:
     async def _linger(self) -> None:
         """Tell those who have not heard it that the run is over."""
         over_s = self.peer.now() + self.settings.silence_s
-        told = sealed(Ordered(self.term, self.last, b""))
+        told = Ordered(self.term, self.last, b"")
         while (envelope := await self.peer.recv(Offer, deadline=over_s)) is not None:
             await self.say(envelope.source, told)
 
@@ -142,9 +141,7 @@ class Node:
                 if self._silent() and await self._election():
                     return
                 await self._fetch(self._sequencer_id())
-            elif not intact(told := envelope.message):
-                continue
-            elif not told.entry:
+            elif not (told := envelope.message).entry:
                 # Over, as the sender knows: what it has is for good, whatever its term.
                 await self._fetch(envelope.source)
             elif told.term < self.term:
@@ -160,7 +157,7 @@ class Node:
         if self.done or self.won == self.term:
             return
         own = self.replica
-        offer = sealed(Offer(self.term, own.end, self.held, own.codes, own.digest()))
+        offer = Offer(self.term, own.end, self.held, own.codes, own.digest())
         await self.say(self._sequencer_id(), offer)
 
     async def _ordered(self, told: Ordered) -> bool:
@@ -213,13 +210,13 @@ class Node:
     async def _request(self, source: int, born: int) -> Whole | None:
         start = max(self.replica.log.end - 1, self.replica.log.first) if born < 0 else 0
         start = ANEW if self.stale else start
-        wanted = sealed(Want(self.term, start, born))
+        wanted = Want(self.term, start, born)
         deadline = self.peer.now() + self.settings.retry_s
         try:
             answer = await self.peer.request(PeerId(source), wanted, deadline=deadline)
         except PeerError:
             return None
-        return answer if isinstance(answer, Whole) and intact(answer) else None
+        return answer if isinstance(answer, Whole) else None
 
     async def _take(self, whole: Whole) -> bool:
         """Take over entries, or weights and entries; whether that worked."""
@@ -259,7 +256,7 @@ class Node:
                 return False
             if not trial:
                 self.term = target
-            ask = sealed(Ask(target, self.replica.log.end, self.held, trial, self.term))
+            ask = Ask(target, self.replica.log.end, self.held, trial, self.term)
             for other in group if peer.id in group else peer.roster:
                 await self.say(other, ask)
             votes = {int(peer.id)} & set(group)
@@ -269,7 +266,7 @@ class Node:
                 if envelope is None or self.term > target:
                     return False
                 vote = envelope.message
-                if intact(vote) and (vote.term, vote.trial) == (target, trial):
+                if (vote.term, vote.trial) == (target, trial):
                     votes |= {int(envelope.source)} & set(group)
         self.won = target
         peer.record("sequencer", target)
@@ -277,10 +274,10 @@ class Node:
 
     async def _on_ask(self, envelope: Envelope[Ask]) -> None:
         ask, source = envelope.message, envelope.source
-        if not intact(ask) or not self.holds:
+        if not self.holds:
             return
         if self.done:
-            await self.say(source, sealed(Ordered(self.term, self.last, b"")))
+            await self.say(source, Ordered(self.term, self.last, b""))
             return
         if self.won == self.term:
             await self.sequencer.asked(source)
@@ -292,11 +289,11 @@ class Node:
         ):  # fmt: skip
             if not ask.trial:
                 self.term, self.heard_s = ask.term, self.peer.now()
-            await self.say(source, sealed(Vote(ask.term, ask.trial)))
+            await self.say(source, Vote(ask.term, ask.trial))
 
     async def _on_beat(self, envelope: Envelope[Beat]) -> None:
         beat, source = envelope.message, envelope.source
-        if not intact(beat) or not self.holds:
+        if not self.holds:
             return
         if beat.back:
             self.sequencer.heard_from(source, beat.leaving)
@@ -304,18 +301,18 @@ class Node:
             return
         if beat.term >= self.term:
             self.term, self.heard_s = beat.term, self.peer.now()
-        await self.say(source, sealed(Beat(self.term, True, False)))
+        await self.say(source, Beat(self.term, True, False))
 
     async def _on_drifted(self, envelope: Envelope[Drifted]) -> None:
         told = envelope.message
-        if intact(told) and told.term == self.term and self.holds:
+        if told.term == self.term and self.holds:
             self.stale = True
             self.peer.record("drifted", told.iteration)
 
     async def _on_want(self, envelope: Envelope[Want]) -> Whole:
         want, source = envelope.message, envelope.source
         leads = self.holds and self.won == self.term
-        if not intact(want) or not (self.done or leads):
+        if not (self.done or leads):
             return wire.nothing(self.term)
         if self.done or self.sequencer.lets_in(source, want.born):
             return self.whole(want.iteration, newcomer=want.born >= 0)

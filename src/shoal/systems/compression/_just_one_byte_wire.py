@@ -1,6 +1,6 @@
 """What the members of a group tell each other.
 
-Every message carries a checksum: a flipped bit that one of them applies would part it from the
+Every message is checked: a flipped bit that one of them applies would part it from the
 others for good.
 """
 
@@ -11,13 +11,13 @@ import struct
 from torch import Tensor
 
 from shoal.parts.zeroth_order.replay import Log
-from shoal.wire.checksum import checksum, sealed
+from shoal.wire.checksum import checksum
 from shoal.wire.message import Packed, message
 
 _ID = struct.Struct("<H")
 
 
-@message
+@message(checked=True)
 class Offer:
     """A member's numbers for an iteration, to the sequencer; also says what the member holds.
 
@@ -30,10 +30,9 @@ class Offer:
     held: int
     codes: bytes
     digest: int
-    check: int = 0
 
 
-@message
+@message(checked=True)
 class Ordered:
     """What an iteration applies, from the sequencer of a term (`Entry.pack`). An entry of no bytes:
     the last one is applied for good, and there will be no more."""
@@ -41,19 +40,17 @@ class Ordered:
     term: int
     iteration: int
     entry: bytes
-    check: int = 0
 
 
-@message
+@message(checked=True)
 class Drifted:
     """A member's weights before an iteration are not those of most others."""
 
     term: int
     iteration: int
-    check: int = 0
 
 
-@message
+@message(checked=True)
 class Want:
     """A request for all entries from an iteration on (-1 = for weights and the last entry).
 
@@ -66,10 +63,9 @@ class Want:
     term: int
     iteration: int
     born: int
-    check: int = 0
 
 
-@message
+@message(checked=True)
 class Whole:
     """Entries from an iteration on.
 
@@ -84,20 +80,18 @@ class Whole:
     log: Packed
     weights: dict[str, Tensor]
     done: bool
-    check: int = 0
 
 
-@message
+@message(checked=True)
 class Beat:
     """A sign of life: of the sequencer, and back from a member. leaving: the sender goes."""
 
     term: int
     back: bool
     leaving: bool
-    check: int = 0
 
 
-@message
+@message(checked=True)
 class Ask:
     """Would you follow me in this term? trial: a question that binds nobody.
 
@@ -110,16 +104,14 @@ class Ask:
     held: int
     trial: bool
     own: int
-    check: int = 0
 
 
-@message
+@message(checked=True)
 class Vote:
     """Yes, to an `Ask`."""
 
     term: int
     trial: bool
-    check: int = 0
 
 
 def digest(params: Tensor) -> int:
@@ -140,9 +132,9 @@ def group_of(data: bytes) -> tuple[int, ...]:
 def whole(log: Log, term: int, start: int, weights: dict[str, Tensor], done: bool) -> Whole:
     """All that a log has from an iteration on."""
     packed = Packed(log.pack(start))
-    return sealed(Whole(term, start, ids(log.group_before(start)), packed, weights, done))
+    return Whole(term, start, ids(log.group_before(start)), packed, weights, done)
 
 
 def nothing(term: int) -> Whole:
     """A `Whole` of nothing."""
-    return sealed(Whole(term, -1, b"", Packed(b""), {}, False))
+    return Whole(term, -1, b"", Packed(b""), {}, False)

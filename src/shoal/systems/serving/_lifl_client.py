@@ -15,7 +15,6 @@ from shoal.rounds.strategy import Step
 from shoal.rounds.task import Shard, Task
 from shoal.systems.serving._lifl_wire import LATER, Taken, Train, Update
 from shoal.tensor.types import Key, Vector
-from shoal.wire.checksum import intact, sealed
 
 if TYPE_CHECKING:
     from shoal.parts.optimise.sgd import SGD
@@ -71,7 +70,7 @@ class Client:
                 return newest
             found = envelope.message
             like = self.workload.initial
-            if intact(found) and found.params.shape == like.shape:
+            if found.params.shape == like.shape:
                 newest = found
 
     async def _take_part(self, asked: Train) -> Train | None:
@@ -80,7 +79,7 @@ class Client:
         peer.enter_round(asked.round)
         await self._sleep_late(asked.round)
         vector = await self._trained(asked)
-        update = sealed(Update(asked.round, asked.attempt, self.weight, vector))
+        update = Update(asked.round, asked.attempt, self.weight, vector)
         gateway = PeerId(asked.gateway)
         until_s = peer.now() + settings.collect_s
         patience_s = settings.patience_s + self.bound.costs.put_s * settings.capacity
@@ -89,7 +88,7 @@ class Client:
             turn += 1
             try:
                 taken = await peer.request(gateway, update, deadline=peer.now() + patience_s)
-                if isinstance(taken, Taken) and intact(taken) and taken.answer != LATER:
+                if isinstance(taken, Taken) and taken.answer != LATER:
                     return None
             except PeerError:
                 pass

@@ -20,7 +20,6 @@ from shoal.systems.serving._lifl_wire import (
     Result,
     Train,
 )
-from shoal.wire.checksum import intact, sealed
 
 if TYPE_CHECKING:
     from shoal.systems.serving._lifl_bound import Bound
@@ -63,13 +62,13 @@ class Coordinator:
             if (round + 1) % self.workload.report_every == 0:
                 peer.record("params", self.params)
         peer.record("params", self.params)
-        ended = sealed(Ended(max(0, peer.round), self.params.cpu()))
+        ended = Ended(max(0, peer.round), self.params.cpu())
         for other in peer.roster:
             if other != peer.id:
                 await peer.send(other, ended)
 
     async def _hello(self, envelope: Envelope[Hello]) -> Got:
-        return sealed(Got())
+        return Got()
 
     async def _remember(self) -> None:
         store = self.peer.store
@@ -118,7 +117,7 @@ class Coordinator:
         params = self.params.cpu()
         for client, place in zip(clients, placed, strict=True):
             gateway = layout.gateway(nodes[place])
-            await peer.send(client, sealed(Train(round, attempt, gateway, params)))
+            await peer.send(client, Train(round, attempt, gateway, params))
         result = await self._result(round, attempt)
         await self._over(plans, round, attempt)
         peer.discard(Result, before=(round, attempt + 1))
@@ -143,7 +142,7 @@ class Coordinator:
             if not settings.reuse:
                 # One for each sum that will be made.
                 warm = -(-goal // settings.fan_in) + plan.middle + (count > 1)
-            plans[node] = sealed(Plan(round, attempt, goal, warm, int(top), count))
+            plans[node] = Plan(round, attempt, goal, warm, int(top), count)
         return plans
 
     async def _tell(self, plans: dict[int, Plan]) -> set[int]:
@@ -163,7 +162,7 @@ class Coordinator:
                 planned = await peer.request(gateway, plan, deadline=until_s)
             except PeerError:
                 continue
-            if isinstance(planned, Planned) and intact(planned):
+            if isinstance(planned, Planned):
                 if planned.each_s > 0:
                     self.loads[node] = self.hierarchy.smoothed(
                         self.loads[node], planned.rate_per_s, planned.each_s
@@ -174,16 +173,12 @@ class Coordinator:
     async def _result(self, round: int, attempt: int) -> Result | None:
         peer = self.peer
         until_s = peer.now() + self.bound.attempt_s
-        while True:
-            envelope = await peer.recv(Result, tag=(round, attempt), deadline=until_s)
-            if envelope is None:
-                return None
-            if intact(envelope.message):
-                return envelope.message
+        envelope = await peer.recv(Result, tag=(round, attempt), deadline=until_s)
+        return None if envelope is None else envelope.message
 
     async def _over(self, plans: dict[int, Plan], round: int, attempt: int) -> None:
         for node in plans:
-            await self.peer.send(self.layout.gateway(node), sealed(Over(round, attempt)))
+            await self.peer.send(self.layout.gateway(node), Over(round, attempt))
 
     def _apply(self, round: int, result: Result) -> bool:
         """Take the mean over, if every update is in it exactly once."""

@@ -33,7 +33,6 @@ from shoal.systems.serving._lifl_wire import (
     Taken,
     Update,
 )
-from shoal.wire.checksum import intact, sealed
 
 if TYPE_CHECKING:
     from shoal.systems.serving._lifl_bound import Bound
@@ -92,8 +91,6 @@ class Gateway:
 
     async def _plan(self, envelope: Envelope[Plan]) -> Planned:
         plan = envelope.message
-        if not intact(plan):
-            raise PeerError("damaged on its way")
         if self.turn is None or self.turn.plan != plan:
             self._drop()
             settings = self.settings
@@ -105,7 +102,7 @@ class Gateway:
             if settings.planning:
                 self.pool.start(plan.warm - self.pool.alive, self.pump)
             self.group.start(self._collect(turn))
-        return sealed(Planned(*self.before))
+        return Planned(*self.before)
 
     async def _collect(self, turn: Turn) -> None:
         """Who has not sent by now is not waited for."""
@@ -116,25 +113,23 @@ class Gateway:
 
     async def _update(self, envelope: Envelope[Update]) -> Taken:
         update, client = envelope.message, int(envelope.source)
-        if not intact(update):
-            raise PeerError("damaged on its way")
         turn = self.turn
         if turn is None or turn.number != (update.round, update.attempt):
             # The plan may still be on its way to this node.
             late = turn is not None and turn.number > (update.round, update.attempt)
-            return sealed(Taken(CLOSED if late else LATER))
+            return Taken(CLOSED if late else LATER)
         if client in turn.clients:
-            return sealed(Taken(STORED))
+            return Taken(STORED)
         if turn.tree.closed or not self.bound.layout.is_client(client):
-            return sealed(Taken(CLOSED))
+            return Taken(CLOSED)
         if self.store.free <= self.spare:
-            return sealed(Taken(LATER))
+            return Taken(LATER)
         try:
             check_weight(update.weight)
             key = self.store.put(update.vector)
         except UpdateRefused:
             self.peer.record("refused", client)
-            return sealed(Taken(REFUSED))
+            return Taken(REFUSED)
         turn.clients.add(client)
         now = self.peer.now()
         turn.span(now, now)
@@ -142,19 +137,17 @@ class Gateway:
         if self.turn is not turn or turn.tree.closed:
             self.store.release(key)
             turn.clients.discard(client)
-            return sealed(Taken(CLOSED))
+            return Taken(CLOSED)
         turn.tree.arrived(Addend(key, update.weight, update.weight, frozenset((client,))))
         self.pump()
-        return sealed(Taken(STORED))
+        return Taken(STORED)
 
     async def _partial(self, envelope: Envelope[Partial]) -> Got:
         partial, turn = envelope.message, self.turn
-        if not intact(partial):
-            raise PeerError("damaged on its way")
         if turn is None or turn.number != (partial.round, partial.attempt) or not turn.plan.nodes:
             raise PeerError(f"not at round {partial.round}")
         if envelope.source in turn.partials:
-            return sealed(Got())
+            return Got()
         ids = frozenset(partial.ids)
         if ids and not self.store.free:
             raise PeerError("no room now")
@@ -174,11 +167,11 @@ class Gateway:
                 self.store.release(key)
             raise PeerError(str(error)) from None
         self.pump()
-        return sealed(Got())
+        return Got()
 
     async def _over(self, envelope: Envelope[Over]) -> None:
         over = envelope.message
-        if intact(over) and self.turn and self.turn.number <= (over.round, over.attempt):
+        if self.turn and self.turn.number <= (over.round, over.attempt):
             self._drop()
             self._rest()
 
@@ -225,7 +218,7 @@ class Gateway:
     async def _add(self, turn: Turn, worker: Worker, step: Step) -> None:
         peer, job = self.peer, step.job
         self._number += 1
-        add = sealed(Add(self._number, job.out, step.addend.key, step.addend.factor, step.first))
+        add = Add(self._number, job.out, step.addend.key, step.addend.factor, step.first)
         asked_s = peer.now()
         patience_s = self.settings.patience_s + 4 * self.costs.add_s
         done = await self._ask(worker, add, asked_s + patience_s)
@@ -255,13 +248,13 @@ class Gateway:
             answer = await self.peer.request(worker.peer, add, deadline=until_s)
         except PeerError:
             return False
-        return isinstance(answer, Added) and intact(answer) and answer.number == add.number
+        return isinstance(answer, Added) and answer.number == add.number
 
     async def _revive(self, worker: Worker) -> None:
         """Ask until it answers; then nothing older will be written any more."""
         while True:
             self._number += 1
-            add = sealed(Add(self._number, worker.slots[0], b"", 0.0, False))
+            add = Add(self._number, worker.slots[0], b"", 0.0, False)
             if await self._ask(worker, add, self.peer.now() + self.settings.patience_s):
                 break
             await self.peer.sleep_until(self.peer.now() + self.settings.patience_s)
@@ -283,9 +276,9 @@ class Gateway:
         if plan.nodes:
             share = result.factor / result.weight if result.weight > 0 else 0.0
             vector = self._taken(result, share)
-            message = sealed(Result(
+            message = Result(
                 plan.round, plan.attempt, result.weight, ids, vector, turn.first_s, turn.last_s
-            ))  # fmt: skip
+            )  # fmt: skip
             pause_s = self.settings.patience_s
             while self.turn is turn:
                 await peer.send(PeerId(0), message)
@@ -293,17 +286,17 @@ class Gateway:
                 pause_s *= 2
             return
         vector = self._taken(result, 1.0)
-        message = sealed(Partial(
+        message = Partial(
             plan.round, plan.attempt, result.factor, result.weight, ids, vector, turn.first_s,
             turn.last_s,
-        ))  # fmt: skip
+        )  # fmt: skip
         self.transfers += 1
         await self._spend(self.costs.send_s, self.costs.send_cpu_s)
         while self.turn is turn:
             until_s = peer.now() + self.settings.patience_s + 4 * self.costs.put_s
             try:
                 got = await peer.request(PeerId(plan.top), message, deadline=until_s)
-                if isinstance(got, Got) and intact(got):
+                if isinstance(got, Got):
                     return
             except PeerError:
                 await peer.sleep_until(peer.now() + self.settings.patience_s / 4)

@@ -1,7 +1,7 @@
 """What the peers of LIFL tell each other.
 
-Keys are fixed bytes, so that sizes do not depend on processes. Every message ends with a checksum
-of its fields: a flipped bit in a key or a weight would spoil a sum that nobody can look into.
+Keys are fixed bytes, so that sizes do not depend on processes. Every message is checked: a flipped
+bit in a key or a weight would spoil a sum that nobody can look into.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ STORED, LATER, CLOSED, REFUSED = range(4)
 """What a gateway says of an update: it has it, has no room now, needs it no more, cannot use it."""
 
 
-@message
+@message(checked=True)
 class Plan:
     """To a gateway: what its node gets in this round, and who is the top.
 
@@ -28,20 +28,18 @@ class Plan:
     warm: int
     top: int
     nodes: int
-    check: int = 0
 
 
-@message
+@message(checked=True)
 class Planned:
     """A gateway has taken up its part. Of its last round: arrivals per second, seconds per addition
     (0 without one)."""
 
     rate_per_s: float
     each_s: float
-    check: int = 0
 
 
-@message(tag=("round", "attempt"))
+@message(tag=("round", "attempt"), checked=True)
 class Train:
     """To a client: the model to begin with, and the gateway that takes the update."""
 
@@ -49,10 +47,9 @@ class Train:
     attempt: int
     gateway: int
     params: Tensor
-    check: int = 0
 
 
-@message
+@message(checked=True)
 class Update:
     """A client's result [dim] and its weight."""
 
@@ -60,18 +57,16 @@ class Update:
     attempt: int
     weight: float
     vector: Tensor
-    check: int = 0
 
 
-@message
+@message(checked=True)
 class Taken:
     """What became of it: STORED, LATER, CLOSED or REFUSED."""
 
     answer: int
-    check: int = 0
 
 
-@message
+@message(checked=True)
 class Add:
     """To an aggregator: the sum (+)= factor x addend, both by their keys.
 
@@ -83,18 +78,16 @@ class Add:
     source: bytes
     factor: float
     first: bool
-    check: int = 0
 
 
-@message
+@message(checked=True)
 class Added:
     """It is in the sum."""
 
     number: int
-    check: int = 0
 
 
-@message
+@message(checked=True)
 class Partial:
     """A node's sum, to the top; nothing is in it without ids.
 
@@ -109,24 +102,19 @@ class Partial:
     vector: Tensor
     first_s: float
     last_s: float
-    check: int = 0
 
 
-@message
+@message(checked=True)
 class Hello:
     """To the coordinator: are you there?"""
 
-    check: int = 0
 
-
-@message
+@message(checked=True)
 class Got:
     """I am, or I have it."""
 
-    check: int = 0
 
-
-@message(tag=("round", "attempt"))
+@message(tag=("round", "attempt"), checked=True)
 class Result:
     """The weighted mean over all nodes, to the coordinator."""
 
@@ -137,22 +125,19 @@ class Result:
     vector: Tensor
     first_s: float
     last_s: float
-    check: int = 0
 
 
-@message
+@message(checked=True)
 class Over:
     """To gateways: this attempt and all before it are done."""
 
     round: int
     attempt: int
-    check: int = 0
 
 
-@message
+@message(checked=True)
 class Ended:
     """To everybody: the last round is over; the final model [dim]."""
 
     round: int
     params: Tensor
-    check: int = 0

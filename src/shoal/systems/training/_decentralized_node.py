@@ -23,7 +23,6 @@ from shoal.parts.tasks import Flow, Routing
 from shoal.rounds.task import Shard, Task
 from shoal.tensor import keyed, tree
 from shoal.tensor.types import Key, Mask, Vector
-from shoal.wire.checksum import intact, sealed
 from shoal.wire.message import Packed, message
 
 if TYPE_CHECKING:
@@ -34,12 +33,11 @@ LOOKS = 64
 """How often, while peer 0 waits for experts, it looks whether they are there."""
 
 
-@message
+@message(checked=True)
 class Checkpoint:
-    """A finished expert, and its checksum."""
+    """A finished expert."""
 
     payload: Packed
-    check: int = 0
 
 
 @message
@@ -190,7 +188,7 @@ class Island:
         key = self.workload.there(peer.key("encode"))
         payload, _ = transform.encode(expert, transform.init(expert), key)
         packed = Packed(payload)
-        finished = sealed(Checkpoint(packed))
+        finished = Checkpoint(packed)
         for _ in range(settings.tries):
             again_s = peer.now() + settings.retry_s
             try:
@@ -204,8 +202,6 @@ class Island:
 
     async def _take(self, envelope: Envelope[Checkpoint]) -> Taken:
         told = envelope.message
-        if not intact(told):
-            raise WireError(f"the expert of {envelope.source} was damaged on its way")
         vector = self._opened(told.payload)
         if vector is None:
             return Taken(False)
