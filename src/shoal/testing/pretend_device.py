@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from shoal.base.errors import UsageError
 from shoal.tensor import tree
@@ -142,6 +141,11 @@ class PretendDevice(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _run(func, args, kwargs or {}, self)
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # Otherwise torch loads its compiler, which takes seconds, to keep it off each operation.
+        return False
+
     def note(self, what: str, *, waits: bool = True) -> None:
         """Count a wait, or a copy that did not wait, and where Shoal asked for it."""
         frame: Any = sys._getframe(1)
@@ -156,42 +160,54 @@ class PretendDevice(TorchDispatchMode):
 
 def _run(func: Any, args: Any, kwargs: dict[str, Any], meter: PretendDevice | None) -> Any:
     """One operation: check its devices, count what it waits for, compute on the processor."""
-    flat, structure = tree_flatten((args, kwargs))
-    far = [value for value in flat if isinstance(value, PretendTensor)]
+    far: list[PretendTensor] = []
+    near: list[Tensor] = []
+    inner = [_inner(value, far, near) for value in args]
+    inner_named = {key: _inner(value, far, near) for key, value in kwargs.items()}
     target = kwargs.get("device")
     target = None if target is None else torch.device(target)
     if not far and (target is None or target.type != KIND):
         return func(*args, **kwargs)
-    name = func._schema.name.removeprefix("aten::")
-    near = [v for v in flat if isinstance(v, Tensor) and not isinstance(v, PretendTensor)]
+    name = _name(func)
     if name not in _COPIES:
         _check(func, name, args, far, near)
     if meter is not None:
         _count(meter, name, args, kwargs, near)
-    found = {id(value.inner): value for value in far}
-    inner = [value.inner if isinstance(value, PretendTensor) else value for value in flat]
-    outer = args, kwargs
-    args, kwargs = tree_unflatten(inner, structure)
     if target is not None:
-        kwargs["device"] = torch.device("cpu")
-    out = func(*args, **kwargs)
+        inner_named["device"] = torch.device("cpu")
+    out = func(*inner, **inner_named)
     if torch.Tag.inplace_view in func.tags:
         # The wrapper's own sizes must follow.
         with torch._C._DisableTorchDispatch():
-            func(*outer[0], **outer[1])
-    written = _writes(func)
+            func(*args, **kwargs)
     stays = KIND if target is None else target.type
-    if name == "copy_" and not isinstance(flat[0], PretendTensor):
+    if name == "copy_" and not isinstance(args[0], PretendTensor):
         stays = "cpu"
+    return _outer(out, stays == KIND, far if _writes(func) else ())
 
-    def wrapped(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
-        if written and id(value) in found:
-            return found[id(value)]
-        return PretendTensor(value) if stays == KIND else value
 
-    return tree_map(wrapped, out)
+def _inner(value: Any, far: list[PretendTensor], near: list[Tensor]) -> Any:
+    """An argument as the processor takes it; notes the tensors in it, by where they are."""
+    if isinstance(value, PretendTensor):
+        far.append(value)
+        return value.inner
+    if isinstance(value, Tensor):
+        near.append(value)
+    elif isinstance(value, (list, tuple)):
+        return type(value)([_inner(each, far, near) for each in value])
+    return value
+
+
+def _outer(value: Any, wrap: bool, written: Sequence[PretendTensor]) -> Any:
+    """A result as the caller sees it; an argument that was written into stays itself."""
+    if isinstance(value, Tensor):
+        for each in written:
+            if each.inner is value:
+                return each
+        return PretendTensor(value) if wrap else value
+    if isinstance(value, (list, tuple)):
+        return type(value)([_outer(each, wrap, written) for each in value])
+    return value
 
 
 def _check(func: Any, name: str, args: Any, far: list[Any], near: list[Tensor]) -> None:
@@ -253,6 +269,11 @@ def _count_indexing(meter: PretendDevice, name: str, args: Any, near: list[Tenso
     one = name != "index" and len(args) > 2 and not args[2].dim() and args[3:4] != (True,)
     if any(isinstance(mask, PretendTensor) for mask in masks) and not one:
         meter.note(f"mask ({name})")
+
+
+@cache
+def _name(func: Any) -> str:
+    return func._schema.name.removeprefix("aten::")
 
 
 @cache

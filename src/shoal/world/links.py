@@ -128,12 +128,12 @@ def _filled(value: float, *words: Any) -> Any:
     like = _tensor_among(words)
     if like is None:
         return value
+    import numpy as np
     import torch
 
-    shapes = [word.shape for word in words if isinstance(word, torch.Tensor)]
-    return torch.full(
-        torch.broadcast_shapes(*shapes), value, dtype=torch.float64, device=like.device
-    )
+    # Not torch's own, which loads sympy.
+    shape = np.broadcast_shapes(*(word.shape for word in words if isinstance(word, torch.Tensor)))
+    return torch.full(shape, value, dtype=torch.float64, device=like.device)
 
 
 @dataclass(frozen=True)

@@ -76,6 +76,11 @@ class _Drawn(TorchDispatchMode):
             kwargs["generator"] = self.generator
         return func(*args, **kwargs)
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # Otherwise torch loads its compiler, which takes as long as torch, to keep it off this.
+        return False
+
 
 def draw(module: nn.Module, spec: FlatSpec, key: Key) -> Vector:
     """Parameters `[..., dim]` as the layers' own `reset_parameters` draw them, one row per key.

@@ -19,6 +19,7 @@ from shoal.parts.tasks._work import METHODS, ModuleWork, StackedWork, Work
 from shoal.rounds.task import Batch, Shard, Task
 from shoal.tensor import keyed
 from shoal.tensor.flat import FlatSpec
+from shoal.tensor.flops import count_flops
 from shoal.tensor.types import Index, Key, Mask, Scalar, Vector
 
 __all__ = ["ModuleTask", "task_of"]
@@ -108,15 +109,13 @@ class ModuleTask:
 
     def _rule(self) -> str:
         """The fixed rule: convolutions and heavy calls one row at a time, all else as one."""
-        from torch.utils.flop_counter import FlopCounterMode
-
         if any(isinstance(m, nn.modules.conv._ConvNd) for m in self.module.modules()):
             return "channels_last"
         dtype = next(self.module.parameters()).dtype
         sample = self.x[:1].to(dtype) if self.x.is_floating_point() else self.x[:1]
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            self.module(sample)
-        return "peer" if 32 * 3 * counter.get_total_flops() > HEAVY_FLOPS else "vmap"
+        with torch.no_grad():
+            flops = count_flops(self.module, sample)
+        return "peer" if 32 * 3 * flops > HEAVY_FLOPS else "vmap"
 
     @property
     def sample_bytes(self) -> int:
