@@ -84,8 +84,8 @@ def test_a_search_is_handed_the_rule_in_force() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"lie": "dissensus"}, "by itself"),
-        ({"lie": "equivocate"}, "by itself"),
+        ({"lie": "dissensus"}, "lie='dissensus' does not make one vector for everybody"),
+        ({"lie": "equivocate"}, "lie='equivocate' does not make one vector"),
         ({"lie": "alei"}, "did you mean 'alie'"),
         ({"camps": 0}, "camps=0; need a whole number >= 1"),
         ({"lie": "sign_flip", "settings": {"scael": 1.0}}, "mend the settings"),

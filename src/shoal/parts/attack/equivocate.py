@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 
 from shoal.base.errors import UsageError
-from shoal.parts import find
+from shoal.parts.attack._wrapped import Settings, Wrapped
 from shoal.parts.attack.base import honest_mean
-from shoal.rounds.attack import Attack, Knowledge, View
+from shoal.rounds.attack import Knowledge, View
 from shoal.rounds.task import Shard, Task
 from shoal.tensor import keyed
 from shoal.tensor.types import Key, Stack
 
-Setting = int | float | str | bool | None
-Settings = tuple[tuple[str, Setting], ...]
-
 
 @dataclass(frozen=True)
-class Equivocate:
+class Equivocate(Wrapped):
     """Byzantine peers tell each camp of honest receivers something else, all out of one attack.
 
     The honest peers, in the order of their ids, are divided into `camps` of nearly equal size, the
@@ -46,6 +42,7 @@ class Equivocate:
 
     knowledge: ClassVar[Knowledge] = Knowledge.ALL
     per_receiver: ClassVar[bool] = True
+    names: ClassVar[str] = "lie"
     examples: ClassVar[tuple[dict[str, Any], ...]] = (
         {},
         {"lie": "sign_flip", "settings": (("scale", 3.0),), "camps": 3},
@@ -54,47 +51,21 @@ class Equivocate:
     )
 
     def __post_init__(self) -> None:
-        given = self.settings.items() if isinstance(self.settings, Mapping) else self.settings
-        pairs = tuple(sorted((str(name), value) for name, value in given))
-        object.__setattr__(self, "settings", pairs)
+        super().__post_init__()
         if not isinstance(self.camps, int) or isinstance(self.camps, bool) or self.camps < 1:
             raise UsageError(
                 f"equivocate: camps={self.camps!r}; need a whole number >= 1 (2 is usual)"
             )
-        if getattr(self.attack, "per_receiver", False):
-            raise UsageError(
-                f"equivocate: lie={self.lie!r} tells every receiver something else by itself "
-                "(use it alone, or name another attack)"
-            )
-
-    @property
-    def attack(self) -> Attack:
-        """The attack that is told in several ways."""
-        try:
-            return find("attack", self.lie)(**dict(self.settings))
-        except TypeError as error:
-            raise UsageError(
-                f"equivocate: {self.lie} with {dict(self.settings)}: {error} (mend the settings)"
-            ) from None
 
     def __call__(self, view: View, key: Key) -> Stack:
         mean = honest_mean(view)[0].unsqueeze(-2)
         told = []
         for camp in range(self.camps):
-            lie = self._told(view, keyed.fold(key, "camp", camp))
+            lie = self._made(view, keyed.fold(key, "camp", camp))
             told.append(2 * mean - lie if self.mirror and camp % 2 else lie)
         honest = view.honest.shape[-2]
         camp_of = torch.arange(honest, device=view.own.device) * self.camps // honest
         return torch.stack(told, -3).index_select(-3, camp_of).to(view.own.dtype)
-
-    def _told(self, view: View, key: Key) -> Stack:
-        """The lie [..., byzantine, dim] that one camp hears."""
-        attack = self.attack
-        if attack.knowledge is Knowledge.ALL:
-            return attack(view, key)
-        # As engines do it: each attacker sees itself alone.
-        own = view.own.unsqueeze(-2)
-        return attack(View(own, own, view.round), keyed.grid(key, own.shape[-3])).squeeze(-2)
 
     def poison(self, task: Task, shard: Shard, key: Key) -> Shard:
         """What the other attack does to the peer's data."""

@@ -10,21 +10,18 @@ import torch
 from torch import Tensor
 
 from shoal.base.errors import UsageError
-from shoal.parts import find
 from shoal.parts.attack._own_data import need_class
+from shoal.parts.attack._wrapped import Settings, Wrapped
 from shoal.parts.attack.base import repeated
-from shoal.rounds.attack import Aim, Attack, Knowledge, View
+from shoal.rounds.attack import Aim, Knowledge, View
 from shoal.rounds.task import Shard, Task
 from shoal.tensor import keyed
 from shoal.tensor.stack import masked_mean, usable
 from shoal.tensor.types import Key, Stack
 
-Setting = int | float | str | bool | None
-Settings = tuple[tuple[str, Setting], ...]
-
 
 @dataclass(frozen=True)
-class Sybils:
+class Sybils(Wrapped):
     """All Byzantine peers send the mean of what their `goal` attack makes of each.
 
     Each Sybil trains from the model of its own neighbourhood, on `samples` of the adversary's data:
@@ -55,6 +52,7 @@ class Sybils:
     knowledge: ClassVar[Knowledge] = Knowledge.ALL
     per_receiver: ClassVar[bool] = False
     own_data: ClassVar[bool] = True
+    names: ClassVar[str] = "goal"
     examples: ClassVar[tuple[dict[str, Any], ...]] = (
         {"samples": 12},
         {"goal": "label_flip", "samples": 0},
@@ -62,40 +60,14 @@ class Sybils:
     )
 
     def __post_init__(self) -> None:
-        given = self.settings.items() if isinstance(self.settings, Mapping) else self.settings
-        pairs = tuple(sorted((str(name), value) for name, value in given))
-        object.__setattr__(self, "settings", pairs)
+        super().__post_init__()
         need_class("sybils", "samples", self.samples)
         if self.gossip not in ("drop", "truth", "false"):
             raise UsageError(f"sybils: gossip={self.gossip!r}; need drop, truth or false")
-        if getattr(self.attack, "per_receiver", False) or self.goal == "sybils":
-            raise UsageError(
-                f"sybils: goal={self.goal!r} does not give one vector for each peer to share (name "
-                "another attack)"
-            )
-
-    @property
-    def attack(self) -> Attack:
-        """What the adversary is after."""
-        try:
-            return find("attack", self.goal)(**dict(self.settings))
-        except TypeError as error:
-            raise UsageError(
-                f"sybils: {self.goal} with {dict(self.settings)}: {error} (mend the settings)"
-            ) from None
 
     def __call__(self, view: View, key: Key) -> Stack:
-        x, rows = usable(self._made(view, key), torch.ones_like(view.own[..., 0], dtype=torch.bool))
+        x, rows = usable(self._made(view, key))
         return repeated(masked_mean(x, rows).to(view.own.dtype), view)
-
-    def _made(self, view: View, key: Key) -> Stack:
-        """What each Byzantine peer would send by itself."""
-        attack = self.attack
-        if attack.knowledge is Knowledge.ALL:
-            return attack(view, key)
-        # As engines do it: each attacker sees itself alone.
-        own = view.own.unsqueeze(-2)
-        return attack(View(own, own, view.round), keyed.grid(key, own.shape[-3])).squeeze(-2)
 
     def poison(self, task: Task, shard: Shard, key: Key) -> Shard:
         """Samples of the adversary's own, and what the goal does to them."""
