@@ -228,6 +228,24 @@ def test_first_kind_nodes_cost_little() -> None:
         assert first <= 1.5 * second
 
 
+@pytest.mark.parametrize("size", [1.0, 1e160, 1e308])
+def test_a_liar_among_zeros_is_left_out_and_breaks_nothing(size: float) -> None:
+    """Where most answers are zero, as a ReLU's may be, the others say how large answers are."""
+    for code in (BerrutCode(5, 31), BerrutCode(3, 9), LagrangeCode(3, 11, 2)):
+        V = torch.zeros(code.N, 4, dtype=torch.float64)
+        V[code.N // 2] = size
+        result = code.decode(range(code.N), V)
+        assert result.errors.nonzero().flatten().tolist() == [code.N // 2]
+        assert torch.equal(result.Y, torch.zeros_like(result.Y))
+        assert result.trusted
+
+
+def test_liars_whose_squares_overflow_are_not_trusted_for_that() -> None:
+    V = torch.tanh(FIRST.encode(normal(0, 5, 4)))
+    V[:16] = 1e160 * normal(1, 16, 4).sign()
+    assert not FIRST.decode(range(31), V).trusted
+
+
 # Errors.
 
 
@@ -270,7 +288,7 @@ def test_as_many_workers_as_inputs_check_nothing() -> None:
     result = code.decode(range(4), code.encode(X).tanh())
     assert torch.allclose(result.Y, X.tanh(), atol=1e-12)
     assert result.residual.isnan()
-    assert result.trusted
+    assert not result.trusted
 
 
 # The dimension.
@@ -334,6 +352,49 @@ def test_lagrange_is_exact_for_polynomials(seed: int, K: int, degree: int, wrong
     result = code.decode_all(V, present)
     assert sorted(result.errors.nonzero().flatten().tolist()) == sorted(order[:wrong].tolist())
     assert (result.Y - f(X)).abs().max() <= 1e-7 * scale
+
+
+def test_lagrange_says_when_more_lie_than_it_corrects() -> None:
+    code = LagrangeCode(5, 21, 3)
+    X = normal(0, 40, 5, 6)
+    honest = X**3 - 2 * X
+    for wrong in range(9):
+        draws = Trials.drawn(wrong, 40, 5, 21, 6)
+        V = code.encode(X)
+        V = V**3 - 2 * V + 5 * draws.lies * draws.liars(wrong).unsqueeze(-1)
+        result = code.decode_all(V)
+        right = (result.Y - honest).abs().amax((-2, -1)) < 1e-6
+        assert (right == result.trusted).all(), wrong
+        assert right.all() == (wrong <= code.corrects())
+
+
+def test_lagrange_says_when_float64_is_not_enough() -> None:
+    """Thirteen neighbours are missing: inside what is there, or at its end."""
+    code, X = LagrangeCode(16, 100, 4), normal(0, 16, 6)
+    V = code.encode(X)
+    V, truth = V**4 - 2 * V, X**4 - 2 * X
+    for gone, trusted in ((range(87, 100), False), (range(40, 53), True)):
+        present = torch.ones(100, dtype=torch.bool)
+        present[list(gone)] = False
+        result = code.decode_all(V, present)
+        assert bool(result.trusted) == trusted
+        off = float((result.Y - truth).abs().max() / truth.abs().max())
+        assert (off < 1e-9) == trusted
+        assert (float(code.amplification(present)) < 4e6) == trusted
+
+
+def test_votes_that_are_ties_are_not_trusted() -> None:
+    code = ReplicationCode(2, 4)
+    V = code.encode(normal(0, 2, 3))
+    assert code.decode_all(V).trusted
+    V[3] += 1.0
+    result = code.decode_all(V)
+    assert not result.trusted
+    assert not result.errors.any()
+    present = torch.tensor([True, True, True, False])
+    assert not code.decode_all(V, present).trusted, "a single copy is checked by nobody"
+    with pytest.raises(UsageError, match="none of 4 answers"):
+        code.decode_all(V, ~torch.ones(4, dtype=torch.bool))
 
 
 def test_lagrange_needs_its_answers() -> None:

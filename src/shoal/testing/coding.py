@@ -1,24 +1,33 @@
-"""The contract of a code for sums, for the library's own and for yours.
+"""The contracts of codes, for the library's own and for yours.
 
 def test_my_code():
     check_code(MyCode(workers=9))
+
+def test_my_share_code():
+    check_share_code(MyShareCode(K=3, N=15), torch.square)
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from shoal.base import keyed
 from shoal.base.errors import UsageError
-from shoal.parts.coding.base import SumCode
+from shoal.parts.coding.base import ShareCode, SumCode
+from shoal.parts.coding.decode_result import DecodeResult
 from shoal.tensor import keyed as drawn
 
 SETS = 300
 """Sets of workers that are tried; all of them, where there are no more."""
+LIES = (10.0, 1e9, 1e160, 1e308)
+"""How large lies are relative to answers: from what stands out to what float64 hardly holds."""
+WIDTH = 12
+"""Entries of inputs and answers; of fewer, liars that are as many as can be corrected may hide."""
 
 
 def check_code(code: SumCode, *, seed: int = 0, tolerance: float = 1e-9) -> None:
@@ -51,6 +60,123 @@ def check_code(code: SumCode, *, seed: int = 0, tolerance: float = 1e-9) -> None
         error = float((code.decode(ids, messages[ids]) - total).abs().max()) / scale
         assert error <= tolerance, f"{name}: with {len(ids)} workers the sum is {error:.2g} off"
     _check_refusals(name, code, messages)
+
+
+def check_share_code(
+    code: ShareCode, f: Callable[[Tensor], Tensor], *, seed: int = 0, tolerance: float = 1e-9,
+    lied: float | None = None,
+) -> None:  # fmt: skip
+    """Raise AssertionError where the contract is broken.
+
+    f: what workers apply, entry by entry; the code must decode it to `tolerance` of the largest
+    result from all answers. lied: the same where some lie, for a code that is not exact; half of
+    the liars that it may correct then count. Checks: inputs
+    that are all the same are their own shares; leading axes stay apart, and arguments as they were;
+    the order of answers is nothing; an answer with an entry that is no number, or complex, is a
+    missing one; as many liars as the code corrects are left out, however large their lies; any
+    number of liars never makes it raise, nor trust what is no number; nothing is trusted that
+    nothing checks; wrong shapes, workers that are none, and twice the same are refused with a
+    UsageError.
+
+    >>> from shoal.parts.coding.lagrange_code import LagrangeCode
+    >>> check_share_code(LagrangeCode(3, 11, degree=2), torch.square)
+    """
+    name, N = repr(code), code.N
+    X = _results(2 * code.K, (WIDTH,), seed).view(2, code.K, WIDTH)
+    kept = X.clone()
+    shares = code.encode(X)
+    assert shares.shape == (2, N, WIDTH), f"{name}: shares {list(shares.shape)}"
+    assert shares.dtype == torch.float64, f"{name}: shares are {shares.dtype}; need float64"
+    assert _off(code.encode(X[1]), shares[1]) < 1e-12, f"{name}: encoding mixes tasks"
+    same = code.encode(X[:, :1].expand(2, code.K, WIDTH)) - X[:, :1]
+    assert float(same.abs().max()) < 1e-9, f"{name}: shares of equal inputs are no input"
+    answers, truth = f(shares), f(X)
+    sent = answers.clone()
+    result = code.decode_all(answers)
+    assert _off(result.Y, truth) <= tolerance, f"{name}: {_off(result.Y, truth):.2g} off"
+    assert not result.errors.any(), f"{name}: {result.errors.sum()} honest answers are errors"
+    checked = ~result.residual.isnan()
+    assert not (result.trusted & ~checked).any(), f"{name}: trusted, and nothing was checked"
+    assert (result.trusted | ~checked).all(), f"{name}: honest answers are not trusted"
+    order = _shuffled(N, seed, 0)
+    for task in range(2):
+        alone = code.decode(order, answers[task, order])
+        assert _off(alone.Y, result.Y[task]) < 1e-9, f"{name}: decoding depends on order or tasks"
+    _check_missing(name, code, answers)
+    bound = tolerance if lied is None else lied
+    most = code.corrects() if lied is None else (code.corrects() + 1) // 2
+    for turn, size in enumerate(LIES):
+        _check_liars(name, code, answers, truth, size, turn, most, bound)
+    for now, before in ((X, kept), (answers, sent)):
+        assert torch.equal(now, before), f"{name}: arguments were written"
+    _check_share_refusals(name, code, answers[0])
+
+
+def _off(Y: Tensor, truth: Tensor) -> float:
+    return float((Y - truth).abs().max() / truth.abs().max().clamp(min=1e-300))
+
+
+def _check_missing(name: str, code: ShareCode, answers: Tensor) -> None:
+    if code.corrects(1) == 0 and not code.corrects():
+        return
+    there = torch.ones(code.N, dtype=torch.bool, device=answers.device)
+    there[code.N // 2] = False
+    expected = code.decode_all(answers, there)
+    imaginary = torch.complex(answers, torch.zeros_like(answers))
+    imaginary.imag[:, code.N // 2, 1] = 1.0
+    broken = {"that is complex": imaginary}
+    for entry in (math.nan, math.inf):
+        broken[f"{entry}"] = answers.clone()
+        broken[f"{entry}"][:, code.N // 2, 1] = entry
+    for what, sent in broken.items():
+        found = code.decode_all(sent)
+        assert _off(found.Y, expected.Y) < 1e-12, f"{name}: an entry {what} is not as if missing"
+
+
+def _check_liars(
+    name: str, code: ShareCode, answers: Tensor, truth: Tensor, size: float, turn: int, count: int,
+    bound: float,
+) -> None:  # fmt: skip
+    largest = float(answers.abs().max())
+    factor = min(size * largest, 1e308)
+    for liars in sorted({count, min(count + 1, code.N), (code.N + 1) // 2, code.N}):
+        who = _shuffled(code.N, turn, liars)[:liars]
+        lie = answers.clone()
+        lie[:, who] = factor * (0.5 + 0.5 * _results(liars, (WIDTH,), turn).clamp(-1, 1).abs())
+        result = code.decode_all(lie)
+        _check_told(name, code, result)
+        if liars == count and count:
+            named = [set(task.nonzero().flatten().tolist()) for task in result.errors]
+            assert all(each >= set(who) for each in named), f"{name}: {who} lied, not {named}"
+            off = _off(result.Y, truth)
+            assert off <= bound, f"{name}: {off:.2g} off with {liars} lies of {size:g}"
+
+
+def _check_told(name: str, code: ShareCode, result: DecodeResult) -> None:
+    numbers = result.Y.isfinite().flatten(-2).all(-1)
+    assert (numbers | ~result.trusted).all(), f"{name}: trusts what is no number"
+    shape = (*result.Y.shape[:-2], code.N)
+    assert result.errors.shape == shape, f"{name}: errors {list(result.errors.shape)}"
+
+
+def _check_share_refusals(name: str, code: ShareCode, answers: Tensor) -> None:
+    N = code.N
+    for what, call in {
+        "inputs of another number": lambda: code.encode(answers.new_zeros(code.K + 1, 4)),
+        "complex inputs": lambda: code.encode(answers.new_zeros(code.K, 4).to(torch.complex128)),
+        "inputs without an axis": lambda: code.encode(answers.new_zeros(code.K)),
+        "nobody": lambda: code.decode([], answers[:0]),
+        "somebody twice": lambda: code.decode([0] * N, answers),
+        "a worker too much": lambda: code.decode(range(1, N + 1), answers),
+        "an answer too few": lambda: code.decode(range(N), answers[:-1]),
+        "answers that are empty": lambda: code.decode(range(N), answers[:, :0]),
+        "no numbers at all": lambda: code.decode_all(torch.full_like(answers, math.nan)),
+    }.items():
+        try:
+            call()
+        except UsageError:
+            continue
+        raise AssertionError(f"{name}: {what} were not refused")
 
 
 def _check_plans(name: str, code: SumCode) -> None:

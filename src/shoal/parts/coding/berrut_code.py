@@ -13,13 +13,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from shoal.base.errors import UsageError
-from shoal.parts.coding.dct_code import DctCode, first_kind, prepared
+from shoal.parts.coding._answers import prepared, rows_of
+from shoal.parts.coding.base import Workers
+from shoal.parts.coding.dct_code import DctCode, first_kind
 from shoal.parts.coding.decode_result import DecodeResult
 
 Nodes = Literal["chebyshev1", "chebyshev2"]
@@ -49,6 +51,11 @@ class BerrutCode:
     >>> result.errors.nonzero().flatten().tolist(), bool((result.Y - x.sin()).abs().max() < 0.1)
     ([4], True)
     """
+
+    examples: ClassVar[tuple[dict[str, Any], ...]] = (
+        {"K": 3, "N": 15}, {"K": 5, "N": 31, "code_dim": 15}, {"K": 2, "N": 12, "noise": 0.05},
+        {"K": 3, "N": 12, "nodes": "chebyshev2"}, {"K": 4, "N": 4},
+    )  # fmt: skip
 
     K: int
     N: int
@@ -101,28 +108,18 @@ class BerrutCode:
         weights = berrut_weights(self.workers_at(), self.inputs_at(), everybody)
         return weights @ X.to(torch.float64)
 
-    def decode(
-        self, ids: range | list[int] | tuple[int, ...] | Tensor, V: Tensor,
-        max_errors: int | None = None,
-    ) -> DecodeResult:  # fmt: skip
+    def corrects(self, missing: int = 0) -> int:
+        """How many wrong answers above the precision noise are located, so many missing."""
+        return 0 if self.dct is None else self.dct.correctable(missing)
+
+    def decode(self, ids: Workers, V: Tensor, max_errors: int | None = None) -> DecodeResult:
         """The results from what workers `ids` answered: V [..., len(ids), dim].
 
-        Where the result is not trusted it is a median over groups of workers. Answers that are no
-        real numbers count as missing. max_errors: look for at most so many. UsageError when fewer
-        than 2 answers are left.
+        Where something was checked and the result is not trusted, it is a median over groups of
+        workers. Answers that are no real numbers count as missing. max_errors: look for at most so
+        many; with 0 nothing is checked. UsageError when fewer than 2 answers are left.
         """
-        who = torch.as_tensor(list(ids), dtype=torch.int64, device=V.device)
-        if V.dim() < 2 or V.shape[-2] != len(who):
-            raise UsageError(
-                f"BerrutCode: answers {tuple(V.shape)} of {len(who)} workers; need [..., "
-                f"{len(who)}, dim]"
-            )
-        if len(who) != len(who.unique()) or (len(who) and not 0 <= who.min() <= who.max() < self.N):
-            raise UsageError(
-                f"BerrutCode: ids {who.tolist()}; need different ones from 0 to {self.N - 1}"
-            )
-        values = V.new_zeros((*V.shape[:-2], self.N, V.shape[-1])).index_copy(-2, who, V)
-        present = torch.zeros(self.N, dtype=torch.bool, device=V.device).index_fill(0, who, True)
+        values, present = rows_of("BerrutCode", ids, V, self.N)
         return self.decode_all(values, present, max_errors)
 
     def decode_all(
@@ -139,7 +136,9 @@ class BerrutCode:
         if code is None or max_errors == 0:
             unchecked = torch.full_like(values[..., 0, 0], math.nan)
             Y = self.interpolate(values, present)
-            return DecodeResult(Y, torch.zeros_like(present), unchecked, ~unchecked.isinf())
+            return DecodeResult(
+                Y, torch.zeros_like(present), unchecked, torch.zeros_like(unchecked).bool()
+            )
         found = code.locate(values, present, max_errors)
         Y = self.interpolate(values, present & ~found.errors)
         # Where nothing could be checked there is no reason to doubt one more than another.
@@ -152,7 +151,10 @@ class BerrutCode:
     def interpolate(self, values: Tensor, present: Tensor) -> Tensor:
         """Plain decoding (BACC): [..., K, dim] from [..., N, dim] and who counts."""
         weights = berrut_weights(self.inputs_at(), self.workers_at(), present)
-        return weights @ torch.where(present.unsqueeze(-1), values, 0.0)
+        # Nothing times nothing is nothing, but for what is no number.
+        if not bool(present.all()):
+            values = torch.where(present.unsqueeze(-1), values, 0.0)
+        return weights @ values
 
     def corrected(self, values: Tensor, errors: Tensor, present: Tensor | None = None) -> Tensor:
         """The samples [..., N, dim] with wrong ones replaced by what the code says they should be.

@@ -13,7 +13,8 @@ class DecodeResult:
 
     Y: the results [..., K, dim]. errors: who was left out as wrong, bool [..., N]. residual: what
     does not fit the code, root mean square relative to the results, [...]; nan where nothing was
-    checked. trusted: whether that is as little as it should be, bool [...].
+    checked. trusted: whether something was checked and that is as little as it should be, bool
+    [...]. More wrong answers than a code corrects may, seldom, look like other right ones.
     """
 
     Y: Tensor

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -49,6 +50,15 @@ class GradientCode:
     >>> code.decode((0, 3, 4), torch.stack(sent)).round(decimals=9).tolist()
     [20.0, 25.0]
     """
+
+    examples: ClassVar[tuple[dict[str, Any], ...]] = (
+        {"workers": 1, "stragglers": 0}, {"workers": 6, "stragglers": 2},
+        {"workers": 7, "stragglers": 6}, {"workers": 9, "stragglers": 3, "seed": 4},
+        {"workers": 64, "stragglers": 15},
+        {"workers": 6, "stragglers": 2, "kind": "fractional"},
+        {"workers": 16, "stragglers": 3, "kind": "fractional"},
+        {"workers": 5, "stragglers": 0, "kind": "fractional"},
+    )  # fmt: skip
 
     workers: int
     stragglers: int
@@ -106,7 +116,8 @@ class GradientCode:
 
     def coefficients(self, worker: int) -> tuple[float, ...]:
         """What a worker multiplies the results of its parts with, in plan's order."""
-        return tuple(self.matrix[worker, list(self.plan(worker))].tolist())
+        self.plan(worker)
+        return self._rows[worker]
 
     def encode(self, worker: int, results: Tensor) -> Tensor:
         """The combination [...] of results [s + 1, ...], in plan's order."""
@@ -115,8 +126,7 @@ class GradientCode:
                 f"GradientCode: results {list(results.shape)} of worker {worker}; need "
                 f"{self.stragglers + 1} rows, one for each part of its plan"
             )
-        by = torch.tensor(self.coefficients(worker), dtype=torch.float64, device=results.device)
-        return torch.tensordot(by, results.to(torch.float64), dims=1)
+        return _combined(np.array(self.coefficients(worker)), results)
 
     def enough(self, ids: Sequence[int]) -> bool:
         """Whether these workers' messages can be decoded."""
@@ -149,13 +159,17 @@ class GradientCode:
         return float((np.abs(self.weights(key)) @ np.abs(self.matrix[list(key)])).max())
 
     def decode(self, ids: Sequence[int], messages: Tensor) -> Tensor:
-        """The sum [...] over all parts from messages [ids, ...]."""
-        by = torch.as_tensor(self.weights(ids), device=messages.device)
-        if messages.shape[0] != len(by):
+        """The sum [...] over all parts from messages [ids, ...].
+
+        One pass over the messages. A number that is none, of whom it may be, is one in the sum.
+        """
+        by = self.weights(ids)
+        if not messages.dim() or messages.shape[0] != len(by):
             raise UsageError(
-                f"GradientCode: {messages.shape[0]} messages of {len(by)} workers; need one of each"
+                f"GradientCode: messages {list(messages.shape)} of {len(by)} workers; need one row "
+                "for each"
             )
-        return torch.tensordot(by, messages.to(torch.float64), dims=1)
+        return _combined(by, messages)
 
     @cached_property
     def matrix(self) -> _Array:
@@ -165,6 +179,14 @@ class GradientCode:
             return _cyclic(n, s, self.seed)
         group = np.arange(n) // (s + 1)
         return (group[:, None] == group[None, :]).astype(np.float64)
+
+    @cached_property
+    def _rows(self) -> tuple[tuple[float, ...], ...]:
+        """Of every worker what its parts are multiplied with."""
+        return tuple(
+            tuple(self.matrix[worker, list(self.plan(worker))].tolist())
+            for worker in range(self.workers)
+        )
 
     @cached_property
     def _solutions(self) -> tuple[_Array, _Array]:
@@ -213,6 +235,24 @@ class GradientCode:
                 f"{RESIDUAL:g} (wait for more of them, or take fractional)"
             )
         return weights
+
+
+BLOCK = 1 << 20
+"""Numbers that are made float64 at a time, which stay in the processor's cache."""
+
+
+def _combined(by: _Array, rows: Tensor) -> Tensor:
+    """`sum_k by[k] * rows[k]`, float64 [...]."""
+    weights = torch.as_tensor(by, device=rows.device)
+    flat = rows.reshape(rows.shape[0], -1)
+    if flat.dtype == torch.float64:
+        return (weights @ flat).view(rows.shape[1:])
+    out = torch.empty(flat.shape[1], dtype=torch.float64, device=flat.device)
+    width = max(1, BLOCK // max(1, flat.shape[0]))
+    for first in range(0, flat.shape[1], width):
+        block = flat[:, first : first + width]
+        out[first : first + width] = weights @ block.to(torch.float64)
+    return out.view(rows.shape[1:])
 
 
 @lru_cache(maxsize=32)

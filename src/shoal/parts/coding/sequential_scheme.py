@@ -193,11 +193,10 @@ class SequentialScheme:
                 f"SequentialScheme: job {job} is not decodable after round {self._round - 1} "
                 f"(it is at the end of round {job + self.delay})"
             )
-        total = None
-        for worker, part, weight in recipe:
-            term = weight * result(worker, part).double()
-            total = term if total is None else total.add_(term)
-        assert total is not None
+        worker, part, weight = recipe[0]
+        total = weight * result(worker, part).double()
+        for worker, part, weight in recipe[1:]:
+            total.add_(result(worker, part), alpha=weight)
         return total
 
     def forget(self, job: int) -> None:

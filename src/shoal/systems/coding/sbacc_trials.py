@@ -193,7 +193,8 @@ def _others(
     for name, code in zip(("bacc", "bacc_second"), berrut, strict=True):
         tell(name, error(code.interpolate(f(code.encode(inputs)) + lied, present)))
     for name, code in (
-        ("lagrange", LagrangeCode(K, N, DEGREE)), ("replication", ReplicationCode(K, N)),
+        ("lagrange", LagrangeCode(K, N, DEGREE, noise=None)),
+        ("replication", ReplicationCode(K, N)),
     ):  # fmt: skip
         tell(name, error(code.decode_all(f(code.encode(inputs)) + lied, present).Y))
     # Without a code K workers do it all, of whom as large a share lies. In most trials nobody does,
