@@ -60,7 +60,7 @@ class Counting:
     def params(self, state: State) -> Tensor:
         return state.params
 
-    def report(self, state: State) -> dict[str, Tensor]:
+    def report(self, state: State, spec: FlatSpec) -> dict[str, Tensor]:
         return {"worked": state.worked}
 
 

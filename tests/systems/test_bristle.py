@@ -121,14 +121,14 @@ def test_models_on_other_features_are_refused() -> None:
     assert extra["features"].tolist() == [float(TASK.fingerprint)] * 4
     heard = strategy.combine(state, rows, mask, share, extra, step)
     assert not torch.equal(heard.vector, rows[0])
-    assert strategy.report(strategy.apply(state, heard, step))["refused"] == 0
+    assert strategy.report(strategy.apply(state, heard, step), step.task.spec)["refused"] == 0
     extra["features"][2] += 1
     without = mask.clone()
     without[2] = False
     fewer = strategy.combine(state, rows, without, share, extra, step)
     refusing = strategy.combine(state, rows, mask, share, extra, step)
     assert torch.equal(refusing.vector, fewer.vector)
-    report = strategy.report(strategy.apply(state, refusing, step))
+    report = strategy.report(strategy.apply(state, refusing, step), step.task.spec)
     assert (int(report["refused"]), int(report["tested"])) == (1, 2)
     extra["features"][1:] += 1
     nobody = strategy.combine(state, rows, mask, share, extra, step)

@@ -478,7 +478,7 @@ def conclude(
 def report(state: Any, method: Method) -> Mapping[str, Tensor]:
     """strategy.report, or nothing: name -> [...]."""
     found = getattr(method.strategy, "report", None)
-    return {} if found is None else found(state)
+    return {} if found is None else found(state, method.task.spec)
 
 
 def freeze(state: Any) -> dict[str, Any]:

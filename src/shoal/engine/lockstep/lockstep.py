@@ -281,10 +281,11 @@ class Lockstep:
             )  # fmt: skip
             current, extra = heard.vector, heard.extra
         self._conclude(work, codec, heard, keys, round)
+        telling = [world for world in worlds if world.method.reports(round)]
+        if not telling:
+            return
         numbers = {} if self.hub is not None else phases.report(self.state, self.shared)
-        for world in worlds:
-            if not world.method.reports(round):
-                continue
+        for world in telling:
             world.mark()
             if world.measure is not None:
                 times, present = self._reporting(world)
@@ -635,12 +636,15 @@ class Lockstep:
         if self.hub is not None:
             self._lead(heard, work, keys, round)
             made = work.state
+            # A client that did no work has nothing new to lose.
+            fresh = done | ~torch.cat([w.on for w in self.worlds])
         else:
+            fresh = done
             made, _ = phases.apply(
                 work.state, heard, work.sent, self.everyone, keys, self.shared, round
             )
-        self.state = self._kept(done, made, self.state)
-        self.codec = self._kept(done, codec, self.codec)
+        self.state = self._kept(fresh, made, self.state)
+        self.codec = self._kept(fresh, codec, self.codec)
         every = self.first.checkpoint_every
         if self.saved is not None and every and (round + 1) % every == 0:
             self.saved = (

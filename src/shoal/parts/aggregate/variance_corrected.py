@@ -96,8 +96,9 @@ class VarianceCorrected:
         if self.target == "self" and center is not None:
             goal = self._variance(center)
         else:
-            own = None if center is None else self._variance(center)
-            goal = Mean().mix(weight, self._variance(x), own)
+            found = self._variance(x)
+            own = found if center is x else None if center is None else self._variance(center)
+            goal = Mean().mix(weight, found, own)
         return self._rescaled(mean, goal)
 
     def tolerates(self, rows: int) -> int:
@@ -130,19 +131,28 @@ class VarianceCorrected:
         return (share.unsqueeze(-1) * self._variance(x)).sum(-2)
 
     def _rescaled(self, mean: Vector, goal: Tensor) -> Vector:
+        """The mean, in its own memory, with these variances."""
         assert self.layout is not None
-        made = []
-        for place, piece in enumerate(mean.split(list(self.layout.sizes), -1)):
-            if piece.shape[-1] < 2:
-                made.append(piece)
-                continue
-            found, middle, apart = _apart(piece)
-            has, to = found.to(torch.float64), goal[..., place]
-            fit = (has > _LEAST) & (to > _LEAST)
-            scale = torch.where(fit, (to / torch.where(fit, has, 1.0)).sqrt(), 1.0).unsqueeze(-1)
-            scaled = torch.addcmul(middle, apart, scale.to(mean.dtype))
-            made.append(torch.where(fit.unsqueeze(-1), scaled, piece))
-        return torch.cat(made, -1)
+        sizes = self.layout.sizes
+        pieces = mean.split(list(sizes), -1)
+        # Tensors of one number have no variance and stay what they are.
+        places = [place for place, size in enumerate(sizes) if size > 1]
+        if not places:
+            return mean
+        found, middles, aparts = zip(*[_apart(pieces[place]) for place in places], strict=True)
+        # All tensors at once: operations on a number for each row cost as much as those on rows.
+        has, to = torch.stack(found, -1).to(torch.float64), goal[..., places]
+        fit = (has > _LEAST) & (to > _LEAST)
+        scale = torch.where(fit, (to / torch.where(fit, has, 1.0)).sqrt(), 1.0).to(mean.dtype)
+        every = mean.is_cpu and bool(fit.all())
+        for at, (place, middle, apart) in enumerate(zip(places, middles, aparts, strict=True)):
+            factor = scale[..., at, None]
+            if every:
+                torch.addcmul(middle, apart, factor, out=pieces[place])
+            else:
+                scaled = torch.addcmul(middle, apart, factor)
+                pieces[place].copy_(torch.where(fit[..., at, None], scaled, pieces[place]))
+        return mean
 
 
 def _apart(piece: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -13,6 +13,7 @@ from shoal.base.errors import UsageError
 from shoal.parts.optimise.sgd import SGD
 from shoal.rounds.local import descend
 from shoal.rounds.strategy import Heard, Parcel, Step
+from shoal.tensor.flat import FlatSpec
 from shoal.tensor.stack import combine
 from shoal.tensor.types import Mask, Scalar, Stack, Vector
 
@@ -104,5 +105,5 @@ class PushSum:
     def params(self, state: State) -> Vector:
         return state.mass / state.weight.to(state.mass.dtype).unsqueeze(-1)
 
-    def report(self, state: State) -> dict[str, Tensor]:
+    def report(self, state: State, spec: FlatSpec) -> dict[str, Tensor]:
         return {"weight": state.weight}

@@ -14,6 +14,7 @@ from shoal.parts.optimise.sgd import SGD
 from shoal.rounds.local import descend
 from shoal.rounds.strategy import Heard, Parcel, Step
 from shoal.rounds.task import Batch, Task
+from shoal.tensor.flat import FlatSpec
 from shoal.tensor.types import Vector
 
 TINY = 1e-12
@@ -128,7 +129,7 @@ class SharpnessAware:
     def adopt(self, state: State, received: Vector, step: Step) -> State:
         return State(received, state.spread)
 
-    def report(self, state: State) -> dict[str, Tensor]:
+    def report(self, state: State, spec: FlatSpec) -> dict[str, Tensor]:
         return {"spread_removed": state.spread}
 
     def params(self, state: State) -> Vector:

@@ -121,7 +121,7 @@ class Bristle:
     def params(self, state: State) -> Vector:
         return state.params
 
-    def report(self, state: State) -> dict[str, Tensor]:
+    def report(self, state: State, spec: FlatSpec) -> dict[str, Tensor]:
         return {name: getattr(state, name) for name in ("tested", "trusted", "refused")}
 
 

@@ -152,7 +152,7 @@ class HistoryFilter:
     def params(self, state: State) -> Vector:
         return state.params
 
-    def report(self, state: State) -> dict[str, Tensor]:
+    def report(self, state: State, spec: FlatSpec) -> dict[str, Tensor]:
         return {"trust": state.trust, "known": (state.distance > 0).sum(-1).to(torch.float64)}
 
     def scores(self, history: Stack, known: Mask) -> Tensor:

@@ -30,6 +30,7 @@ from shoal.rounds.local import descend
 from shoal.rounds.strategy import Heard, Parcel, Step
 from shoal.rounds.task import Shard, Task
 from shoal.tensor import keyed, tree
+from shoal.tensor.flat import FlatSpec
 from shoal.tensor.stack import combine
 from shoal.tensor.types import Key, Mask, Stack, Vector
 
@@ -175,7 +176,7 @@ class MatchedMerging:
     def params(self, state: State) -> Vector:
         return state.params
 
-    def report(self, state: State) -> dict[str, Tensor]:
+    def report(self, state: State, spec: FlatSpec) -> dict[str, Tensor]:
         if not self.watch:
             return {}
         names = ("trained", "barrier", "plain_barrier", "matched")

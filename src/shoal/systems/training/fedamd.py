@@ -133,15 +133,17 @@ class AnchorSampling:
 
     def _mined(self, state: State, step: Step) -> Vector:
         """Where the small-batch steps lead from, minus where to."""
-        before, direction = state.params, state.mean
-        params = torch.sub(before, direction, alpha=self.lr)
+        direction = state.mean.clone()
+        # Both gradients in one call: for small batches a call costs as much as the work.
+        both = torch.stack((torch.sub(state.params, direction, alpha=self.lr), state.params))
+        params, before = both
         key = keyed.fold(step.key, "mine")
         batches = draws(step.task, step.shard, key, range(1, self.steps), self.batch_size)
         for batch in batches:
-            # Both gradients in one call: for small batches a call costs as much as the work.
-            after, earlier = step.task.grad(torch.stack((params, before)), batch)
-            direction = direction + (after - earlier)
-            before, params = params, torch.sub(params, direction, alpha=self.lr)
+            after, earlier = step.task.grad(both, batch)
+            direction.add_(after.sub_(earlier))
+            before.copy_(params)
+            params.sub_(direction, alpha=self.lr)
         return state.params - params
 
     def combine(

@@ -45,12 +45,10 @@ from shoal.tensor.types import Mask, Stack, Vector
 
 @dataclass(frozen=True)
 class State:
-    """params [..., dim]; begin: where this peer began; ratio [...]: the variance of its weights
-    over that at the start, the mean over weight tensors."""
+    """params [..., dim]; begin: where this peer began."""
 
     params: Vector
     begin: Vector
-    ratio: Tensor
 
 
 @dataclass(frozen=True)
@@ -81,7 +79,7 @@ class GossipLearning:
             VarianceCorrected(self.target)  # type: ignore[arg-type]
 
     def init(self, params: Vector) -> State:
-        return State(params, params, params.new_ones(params.shape[:-1]))
+        return State(params, params)
 
     def local(self, state: State, step: Step) -> tuple[State, Parcel]:
         optimizer = SGD(self.lr)
@@ -109,14 +107,14 @@ class GossipLearning:
         return VarianceCorrected(self.target).bind(spec).mix  # type: ignore[arg-type]
 
     def apply(self, state: State, heard: Heard, step: Step) -> State:
-        ratio = spread(heard.vector, step.task.spec) / spread(state.begin, step.task.spec)
-        return State(heard.vector, state.begin, ratio.mean(-1))
+        return State(heard.vector, state.begin)
 
     def params(self, state: State) -> Vector:
         return state.params
 
-    def report(self, state: State) -> dict[str, Tensor]:
-        return {"variance_ratio": state.ratio}
+    def report(self, state: State, spec: FlatSpec) -> dict[str, Tensor]:
+        ratio = spread(state.params, spec) / spread(state.begin, spec)
+        return {"variance_ratio": ratio.mean(-1)}
 
 
 def spread(params: Vector, spec: FlatSpec) -> Tensor:
