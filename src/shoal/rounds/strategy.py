@@ -107,5 +107,5 @@ class Strategy(Protocol):
     # own id first, -1 where nothing was heard.
     # Optional: fitted(spec, peers) -> the strategy for parameters of this layout in a run of so
     # many peers, for methods that keep something of each. Equal arguments, the same object.
-    # Optional: report(state, spec) -> dict of name -> [...]. Numbers of a peer's own, recorded with its
-    # parameters in every engine; peers of a hub have nothing to report.
+    # Optional: report(state, spec) -> dict of name -> [...]. Numbers of a peer's own, recorded with
+    # its parameters in every engine; peers of a hub have nothing to report.
