@@ -1,4 +1,4 @@
-"""Secure aggregation as 8 processes of which one is killed."""
+"""Secure aggregation as 8 processes of which one is killed, with keys of their own."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 from up_processes import Upped
+
+from shoal.parts.privacy.signed_round import Roster
 
 pytestmark = [pytest.mark.live, pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -16,7 +18,10 @@ WORDS = (
 
 
 def test_a_killed_process_is_taken_off_the_sum(tmp_path: Path) -> None:
-    up = Upped(tmp_path, "8", *WORDS, "--restart", "--restarts", "1", patience_s=240)
+    keys = tmp_path / "keys"
+    Roster.write(keys, 8)
+    words = *WORDS, "--set", f"identities={keys}"
+    up = Upped(tmp_path, "8", *words, "--restart", "--restarts", "1", patience_s=240)
     try:
         up.wait_for_round(5)
         up.kill(3)

@@ -582,3 +582,4 @@ def test_pieces_go_together_and_apart() -> None:
     assert wire.apart(peers, data, 3) is None
     assert wire.apart((2, 2), data, 2) is None
     assert wire.advert_of(bytes(95)) is None
+    assert wire.advert_of(bytes(97)) is None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from shoal.parts.privacy._secure_hub import Hub
 from shoal.parts.privacy.mask_graph import Assumed
 from shoal.parts.privacy.masked_hub import MaskedHub
 from shoal.parts.privacy.secure_rounds import SecureRounds
+from shoal.parts.privacy.signed_round import Roster, SignedRound
 from shoal.systems.privacy import _secure_aggregation_claims as measured
 from shoal.systems.privacy.secure_aggregation import INVARIANTS, SecureAggregation
 from shoal.testing.ladder import check_live, difference
@@ -111,16 +113,21 @@ def test_some_clients_of_each_round() -> None:
 
 
 PHASES = {
-    "advertise": wire.Advertise, "share": wire.Deal, "vector": wire.Masked, "reveal": wire.Reveal,
+    "advertise": wire.Advertise, "share": wire.Deal, "vector": wire.Masked,
+    "vouch": wire.Vouched, "reveal": wire.Reveal,
 }  # fmt: skip
 
 
+@dataclass(frozen=True, eq=False)
 class Mute(SecureRounds):
-    """A client falls silent, from one word on, in one round."""
+    """Clients fall silent, from one word on, in one round."""
+
+    who: tuple[int, ...] = (3,)
+    word: type = wire.Masked
 
     async def run(self, peer: Peer) -> None:
-        if peer.id == 3:
-            peer = _Muted(peer, self.word)  # type: ignore[attr-defined]
+        if peer.id in self.who:
+            peer = _Muted(peer, self.word)  # type: ignore[assignment]
         await super().run(peer)
 
 
@@ -141,17 +148,37 @@ class _Muted:
 @pytest.mark.parametrize("phase", PHASES)
 def test_a_client_that_falls_silent_in_any_phase(phase: str) -> None:
     program, network = program_of(SecureAggregation(strategy=PLAIN, audit=True), WORLD, 3)
-    mute = Mute(program.method, program.masking)
-    object.__setattr__(mute, "word", PHASES[phase])
+    assert 3 in program.graph(1).witnesses
+    mute = Mute(program.method, program.masking, word=PHASES[phase])
     found = simulate(mute, network, seed=3)
     fine(found)
     # What it sent before it fell silent counts, what it did not send does not.
-    there = {1, 2, 3, 4, 5, 6, 7} if phase == "reveal" else {1, 2, 4, 5, 6, 7}
+    there = {1, 2, 4, 5, 6, 7} | ({3} if phase in ("vouch", "reveal") else set())
     assert set(sources(found)[1]) == there
     assert set(sources(found)[2]) == {1, 2, 3, 4, 5, 6, 7}
     labels = {row.round: dict(row.labels) for row in found.series("clients")}[1]
     early = phase in ("advertise", "share")
     assert (labels["early"], labels["late"]) == (str(int(early)), str(int(phase == "vector")))
+
+
+WHY = {
+    "advertise": "nobody is left", "share": "nobody is left", "vector": "nobody is left",
+    "vouch": "witnesses signed the survivors of round 1; need 3", "reveal": "shares of the seed",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_below_the_threshold_a_round_is_given_up_with_the_reason(phase: str) -> None:
+    program, network = program_of(SecureAggregation(strategy=PLAIN, audit=True), WORLD, 3)
+    mute = Mute(program.method, program.masking, who=(2, 3, 4, 6), word=PHASES[phase])
+    found = simulate(mute, network, seed=3)
+    fine(found)
+    (lost,) = found.series("abandoned")
+    assert lost.round == 1
+    assert WHY[phase] in dict(lost.labels)["why"]
+    assert sorted(sources(found)) == [0, 2, 3]
+    for row in found.series("gave_up"):
+        assert "need 3 or more, neighbours that shared" in dict(row.labels)["why"]
 
 
 def test_too_many_that_fall_silent_cost_a_round_and_nothing_else() -> None:
@@ -205,7 +232,7 @@ class Greedy(SecureRounds):
 
 
 class _GreedyHub(Hub):
-    async def _collect(self, sum_of: MaskedHub, round: int) -> Any:
+    async def _collect(self, sum_of: MaskedHub, signed: SignedRound | None, round: int) -> Any:
         near = {j: sum_of.graph.neighbors(j) for j in sum_of.shared}
         for client in sum_of.shared:
             if client == 2:
@@ -217,11 +244,12 @@ class _GreedyHub(Hub):
             for question in questions:
                 await self.peer.send(PeerId(client), sealed(question))
         await self.peer.sleep_until(self.peer.now() + 5.0)
-        return await super()._collect(sum_of, round)
+        return await super()._collect(sum_of, signed, round)
 
 
 def test_clients_refuse_to_give_both_secrets_of_a_peer() -> None:
-    program, network = program_of(SecureAggregation(strategy=PLAIN, audit=True), WORLD, 3)
+    settings = SecureAggregation(strategy=PLAIN, audit=True, lying=False)
+    program, network = program_of(settings, WORLD, 3)
     found = simulate(Greedy(program.method, program.masking), network, seed=3)
     given: dict[tuple[int, int], set[str]] = {}
     for row in found.series("revealed"):
@@ -260,8 +288,9 @@ def test_invariants_find_what_they_are_for() -> None:
     assert "sums of one client" in (measured.enough_are_summed(replace(found, rows=[alone])) or "")
 
 
-def test_secrets_of_the_system_change_nothing_but_the_masks() -> None:
-    ours, again = run(secrets="system"), run()
+def test_secrets_of_the_system_change_nothing_but_the_masks(tmp_path: Path) -> None:
+    Roster.write(tmp_path, 8)
+    ours, again = run(secrets="system", identities=str(tmp_path)), run()
     fine(ours)
     assert difference(ours, again) == 0.0
     assert ours.bytes_sent == again.bytes_sent
@@ -272,11 +301,18 @@ def test_sizes_are_those_of_the_star_and_of_shares() -> None:
     star = launch(find("strategy", "local_steps")(), WORLD.with_settings(STAR), seed=3)
     masked, plain = found.bytes_by_kind["Masked"], star.bytes_by_kind["Update"]
     assert abs(masked / plain - 1) < 0.05
-    needed = Assumed().needed(7)
-    up, down = measured.fixed_bytes(needed.degree, needed.threshold)
-    kinds = ("Advertise", "Deal", "Reveal", "Book", "Dealt", "Question")
+    up, down = measured.fixed_bytes(Assumed(), 7)
+    kinds = (
+        "Advertise", "Deal", "Vouched", "Reveal", "Book", "Dealt", "Standing", "Agreed",
+    )  # fmt: skip
     spent = sum(found.bytes_by_kind[kind] for kind in kinds) / (7 * 4)
     assert spent == pytest.approx(up + down, rel=0.03)
+    # A hub that only looks costs no signature, and no message more.
+    looks = run(lying=False)
+    kinds = ("Advertise", "Deal", "Reveal", "Book", "Dealt", "Question")
+    spent = sum(looks.bytes_by_kind[kind] for kind in kinds) / (7 * 4)
+    assert spent == pytest.approx(sum(measured.fixed_bytes(Assumed(lying=False), 7)), rel=0.03)
+    assert set(looks.bytes_by_kind) == {"Begin", "Masked", *kinds}
 
 
 @pytest.mark.parametrize(
@@ -293,6 +329,8 @@ def test_sizes_are_those_of_the_star_and_of_shares() -> None:
         ({"strategy": carry("secure_momentum")}, {}, "combines what clients send"),
         ({"strategy": carry(by_samples=True)}, {}, "raise heaviest"),
         ({"secrets": "dice"}, {}, "need 'run' or 'system'"),
+        ({"secrets": "system"}, {}, "set identities to the folder of a roster"),
+        ({"identities": "nowhere"}, {}, "roster nowhere/roster.txt"),
         ({"levels": 1}, {}, "levels=1"),
         ({"work_s": 0.0}, {}, "work_s=0.0"),
     ],

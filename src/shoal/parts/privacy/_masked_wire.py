@@ -11,6 +11,7 @@ from torch import Tensor
 from shoal.base.errors import DecodeError
 from shoal.parts.privacy.masked_peer import Advert
 from shoal.parts.transform._bits import pack_integers, packed_bytes, unpack_integers
+from shoal.wire.identity import SIGNATURE_BYTES
 from shoal.wire.message import Packed, message
 
 KEY_BYTES = 32
@@ -28,7 +29,7 @@ class Begin:
 
 @message(tag=("round",))
 class Advertise:
-    """A client's two public keys and the commitment to its own mask."""
+    """A client's two public keys and the commitment to its own mask, signed where rounds are."""
 
     round: int
     keys: bytes
@@ -71,6 +72,35 @@ class Masked:
 
     round: int
     codes: Packed
+    check: int = 0
+
+
+@message(tag=("round",))
+class Standing:
+    """To the witnesses: whose vectors came, a bit for each client of the round."""
+
+    round: int
+    survivors: bytes
+    check: int = 0
+
+
+@message(tag=("round",))
+class Vouched:
+    """A witness's signature of them."""
+
+    round: int
+    signature: bytes
+    check: int = 0
+
+
+@message(tag=("round",))
+class Agreed:
+    """A `Question` to all clients at once: the survivors, and which witnesses signed them."""
+
+    round: int
+    survivors: bytes
+    witnesses: bytes
+    signatures: bytes
     check: int = 0
 
 
@@ -136,8 +166,14 @@ def apart(peers: Sequence[int], data: bytes, size: int) -> dict[int, bytes] | No
     return {peer: data[size * i : size * (i + 1)] for i, peer in enumerate(peers)}
 
 
-def advert_of(keys: bytes) -> Advert | None:
-    """Three fields of 32 bytes."""
-    if len(keys) != 3 * KEY_BYTES:
+def advert_of(entry: bytes) -> tuple[Advert, bytes] | None:
+    """Three fields of 32 bytes, and the signature of them or nothing."""
+    if len(entry) not in (entry_bytes(signs=False), entry_bytes(signs=True)):
         return None
-    return Advert(*[keys[KEY_BYTES * i : KEY_BYTES * (i + 1)] for i in range(3)])
+    fields = [entry[KEY_BYTES * i : KEY_BYTES * (i + 1)] for i in range(3)]
+    return Advert(*fields), entry[3 * KEY_BYTES :]
+
+
+def entry_bytes(*, signs: bool) -> int:
+    """Of one client in `Advertise` and `Book`."""
+    return 3 * KEY_BYTES + SIGNATURE_BYTES * signs

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -15,6 +15,7 @@ from shoal.parts.privacy import _masked_wire as wire
 from shoal.parts.privacy.mask_stream import Mask, add_masks
 from shoal.parts.privacy.masked_peer import MaskedPeer
 from shoal.parts.privacy.sealed_shares import SEALED_BYTES
+from shoal.parts.privacy.signed_round import SignedRound
 from shoal.rounds import method as phases
 from shoal.tensor import keyed
 from shoal.tensor.types import Key
@@ -52,6 +53,11 @@ def linear_check(codes: Tensor, bits: int) -> float:
     return float(total & ((1 << min(bits, 32)) - 1))
 
 
+def like(value: Tensor) -> tuple[torch.Size, torch.dtype]:
+    """What two tensors have in common of which one can stand for the other."""
+    return value.shape, value.dtype
+
+
 class Client:
     """One incarnation of a client. A round that it was in before it crashed goes on without it: to
     send two vectors under the same masks would give their difference away.
@@ -65,6 +71,7 @@ class Client:
         self.shard = method.shard(peer.id)
         self.state = method.strategy.init(method.start(peer.id))
         self.codec = method.transform.init(self.initial)
+        self.given = {name: like(value) for name, value in phases.down(self.state, method).items()}
         stored = peer.store.get("joined")
         self.joined = -1 if stored is None else int.from_bytes(stored, "little")
         if peer.store.get("state/0") is not None:
@@ -85,7 +92,7 @@ class Client:
                 if not intact(told) or told.round <= self.joined:
                     continue
                 over = told.round >= rounds
-                if not over and not self._fits(told.params):
+                if not over and not self._fits(told):
                     continue
                 if at_work is not None:
                     at_work.cancel()
@@ -97,26 +104,29 @@ class Client:
             if at_work is not None:
                 at_work.cancel()
 
-    def _fits(self, params: Tensor) -> bool:
-        return params.shape == self.initial.shape and params.dtype == self.initial.dtype
+    def _fits(self, told: wire.Begin) -> bool:
+        """Whether the strategy can take what the hub gives."""
+        given = {name: like(value) for name, value in told.extra.items()}
+        return like(told.params) == like(self.initial) and given == self.given
 
     async def _round(self, told: wire.Begin) -> None:
         peer, program, round = self.peer, self.program, told.round
         peer.enter_round(round)
-        for kind in (wire.Book, wire.Dealt, wire.Question):
+        for kind in (wire.Book, wire.Dealt, wire.Question, wire.Standing, wire.Agreed):
             peer.discard(kind, before=(round,))
         graph = program.graph(round)
         if peer.id not in graph.peers:
             return
         secret = program.masking.secret(peer, round)
         own = MaskedPeer(peer.id, graph.neighbors(peer.id), graph.threshold, round, secret)
+        signed = program.signed(peer.id, round, told.params, told.extra)
         async with peer.tasks() as group:
             # Keys and shares need no result, so they are agreed on meanwhile.
             work = group.start(self._work(told))
             try:
-                masks = await self._agree(own, round)
-            except PeerError:
-                peer.record("gave_up", round)
+                masks = await self._agree(own, signed, round)
+            except PeerError as error:
+                peer.record("gave_up", round, why=str(error))
                 return
             codes = await work.join()
             if masks is None:
@@ -129,18 +139,30 @@ class Client:
             )  # fmt: skip
             row = wire.Row(masked, program.bits)
             await peer.send(self.hub, sealed(wire.Masked(round, Packed(row))))
-            await self._open(own, round)
+            if signed is None or not program.masking.agrees:
+                await self._open(own, round)
+                return
+            vouching = group.start(self._vouch(signed))
+            await self._open_agreed(own, signed)
+            vouching.cancel()
 
-    async def _agree(self, own: MaskedPeer, round: int) -> tuple[Mask, ...] | None:
+    async def _agree(
+        self, own: MaskedPeer, signed: SignedRound | None, round: int
+    ) -> tuple[Mask, ...] | None:
         """Keys, then shares: the masks; None when the hub is silent."""
         peer, hub = self.peer, self.hub
-        await peer.send(hub, sealed(wire.Advertise(round, b"".join(own.advert))))
+        signature = b"" if signed is None else signed.sign_keys(own.advert)
+        await peer.send(hub, sealed(wire.Advertise(round, b"".join((*own.advert, signature)))))
         book = await self._hear(wire.Book, round)
         if book is None:
             return None
-        keys = wire.apart(book.peers, book.keys, 3 * wire.KEY_BYTES)
-        adverts = {j: wire.advert_of(each) for j, each in (keys or {}).items()}
-        shares = own.shares({j: advert for j, advert in adverts.items() if advert is not None})
+        entries = wire.apart(book.peers, book.keys, wire.entry_bytes(signs=signed is not None))
+        read = {j: wire.advert_of(entry) for j, entry in (entries or {}).items()}
+        found = {j: pair for j, pair in read.items() if pair is not None}
+        adverts = {j: advert for j, (advert, _) in found.items()}
+        if signed is not None:
+            signed.check_keys(adverts, {j: signature for j, (_, signature) in found.items()})
+        shares = own.shares(adverts)
         await peer.send(hub, sealed(wire.Deal(round, *wire.together(shares))))
         dealt = await self._hear(wire.Dealt, round)
         if dealt is None:
@@ -170,19 +192,50 @@ class Client:
 
     async def _open(self, own: MaskedPeer, round: int) -> None:
         """Answer questions, as far as answers tell of nothing but the sum."""
-        peer = self.peer
         while (asked := await self._hear(wire.Question, round)) is not None:
+            await self._reveal(own, asked.survivors, asked.dropped)
+
+    async def _open_agreed(self, own: MaskedPeer, signed: SignedRound) -> None:
+        """Answer for the one set of survivors that witnesses signed."""
+        while (asked := await self._hear(wire.Agreed, own.round)) is not None:
             try:
-                seeds, keys = own.reveal(asked.survivors, asked.dropped)
-            except PeerError:
-                peer.record("refused", round)
+                there = signed.agreed(asked.survivors, asked.witnesses, asked.signatures)
+            except PeerError as error:
+                self._refused(own.round, error)
                 continue
-            peer.record(
-                "revealed", round, seeds=" ".join(map(str, seeds)), keys=" ".join(map(str, keys))
-            )
-            named, opened = wire.together(seeds)
-            others, more = wire.together(keys)
-            await peer.send(self.hub, sealed(wire.Reveal(round, named, others, opened + more)))
+            survivors = sorted(own.there & there)
+            await self._reveal(own, survivors, sorted(own.there - there))
+
+    async def _vouch(self, signed: SignedRound) -> None:
+        """Say, as a witness, which survivors this client was shown."""
+        if self.peer.id not in signed.graph.witnesses:
+            return
+        while (shown := await self._hear(wire.Standing, signed.round)) is not None:
+            try:
+                signature = signed.vouch(shown.survivors)
+            except PeerError as error:
+                self._refused(signed.round, error)
+                continue
+            await self.peer.send(self.hub, sealed(wire.Vouched(signed.round, signature)))
+
+    async def _reveal(
+        self, own: MaskedPeer, survivors: Sequence[int], dropped: Sequence[int]
+    ) -> None:
+        peer = self.peer
+        try:
+            seeds, keys = own.reveal(survivors, dropped)
+        except PeerError as error:
+            self._refused(own.round, error)
+            return
+        peer.record(
+            "revealed", own.round, seeds=" ".join(map(str, seeds)), keys=" ".join(map(str, keys))
+        )
+        named, opened = wire.together(seeds)
+        others, more = wire.together(keys)
+        await peer.send(self.hub, sealed(wire.Reveal(own.round, named, others, opened + more)))
+
+    def _refused(self, round: int, error: PeerError) -> None:
+        self.peer.record("refused", round, why=str(error))
 
     async def _hear(self, kind: type[M], round: int) -> M | None:
         """The hub's next word of a kind; None when it does not come."""

@@ -16,6 +16,7 @@ from shoal.parts.privacy._secure_client import linear_check
 from shoal.parts.privacy.mask_stream import add_masks
 from shoal.parts.privacy.masked_hub import MaskedHub
 from shoal.parts.privacy.sealed_shares import SEALED_BYTES, SHARE_BYTES
+from shoal.parts.privacy.signed_round import SignedRound, bitmap
 from shoal.rounds import method as phases
 from shoal.rounds.method import Method
 from shoal.rounds.strategy import Heard
@@ -64,7 +65,7 @@ class Hub:
                 {**phases.freeze((self.state,)), "round": round.to_bytes(8, "little")}
             )
             await self._round(round)
-            for kind in (wire.Advertise, wire.Deal, wire.Masked, wire.Reveal):
+            for kind in (wire.Advertise, wire.Deal, wire.Masked, wire.Vouched, wire.Reveal):
                 peer.discard(kind, before=(round + 1,))
             if method.reports(round):
                 peer.record("params", self.params)
@@ -84,12 +85,13 @@ class Hub:
         for client in graph.peers:
             await peer.send(PeerId(client), begin)
         sum_of = MaskedHub(graph, round, program.entries, program.bits)
+        signed = program.signed(peer.id, round, self.params, given)
         try:
-            await self._agree(sum_of, round)
-            total = await self._collect(sum_of, round)
-        except PeerError:
+            await self._agree(sum_of, signed, round)
+            total = await self._collect(sum_of, signed, round)
+        except PeerError as error:
             # What cannot be opened is nobody's loss but this round's.
-            peer.record("abandoned", round)
+            peer.record("abandoned", round, why=str(error))
             return
         if sum_of.liars:
             peer.record("liars", len(sum_of.liars), who=" ".join(map(str, sorted(sum_of.liars))))
@@ -113,17 +115,24 @@ class Hub:
             cost=method.combine_cost(len(sum_of.summed)),
         )  # fmt: skip
 
-    async def _agree(self, sum_of: MaskedHub, round: int) -> None:
+    async def _agree(self, sum_of: MaskedHub, signed: SignedRound | None, round: int) -> None:
         """Keys up and down, then shares up and down."""
         peer, patience_s = self.peer, self.program.masking.phase_s
         heard = await self._gather(wire.Advertise, round, sum_of.graph.peers, patience_s)
+        entries: dict[int, bytes] = {}
         for client, told in heard.items():
-            advert = wire.advert_of(told.keys)
-            if advert is not None:
-                sum_of.take_advert(client, advert)
+            read = wire.advert_of(told.keys)
+            if read is None or len(told.keys) != wire.entry_bytes(signs=signed is not None):
+                continue
+            advert, signature = read
+            # Clients go no further with a key that its owner did not sign.
+            if signed is not None and not signed.keys_hold(client, advert, signature):
+                continue
+            if sum_of.take_advert(client, advert):
+                entries[client] = told.keys
         for client in sorted(sum_of.adverts):
-            keys = {j: b"".join(advert) for j, advert in sum_of.book(client).items()}
-            await peer.send(PeerId(client), sealed(wire.Book(round, *wire.together(keys))))
+            near = {j: entries[j] for j in sum_of.book(client)}
+            await peer.send(PeerId(client), sealed(wire.Book(round, *wire.together(near))))
         heard = await self._gather(wire.Deal, round, sum_of.adverts, patience_s)
         for client, told in heard.items():
             pieces = wire.apart(told.peers, told.sealed, SEALED_BYTES)
@@ -133,7 +142,7 @@ class Hub:
             dealt = wire.Dealt(round, *wire.together(sum_of.inbox(client)))
             await peer.send(PeerId(client), sealed(dealt))
 
-    async def _collect(self, sum_of: MaskedHub, round: int) -> Tensor:
+    async def _collect(self, sum_of: MaskedHub, signed: SignedRound | None, round: int) -> Tensor:
         """Vectors up, questions down, shares up: the sum."""
         peer, program, masking = self.peer, self.program, self.program.masking
         heard = await self._gather(wire.Masked, round, sum_of.shared, masking.work_s)
@@ -141,9 +150,15 @@ class Hub:
             codes = wire.row_of(told.codes, program.entries, program.bits)
             if codes is not None:
                 sum_of.take_vector(client, codes)
-        for client in sorted(sum_of.summed):
-            question = wire.Question(round, *sum_of.question(client))
-            await peer.send(PeerId(client), sealed(question))
+        if signed is None or not masking.agrees:
+            for client in sorted(sum_of.summed):
+                question = wire.Question(round, *sum_of.question(client))
+                await peer.send(PeerId(client), sealed(question))
+        else:
+            agreed = sealed(await self._vouched(sum_of, signed))
+            for client in sorted(sum_of.summed):
+                sum_of.question(client)
+                await peer.send(PeerId(client), agreed)
         answers = await self._gather(wire.Reveal, round, sum_of.summed, masking.phase_s)
         for client, told in answers.items():
             seeds = wire.apart(
@@ -157,6 +172,28 @@ class Hub:
             add_masks, sum_of.total, static=(masks, program.bits, masking.cipher),
             cost=program.mask_cost(len(masks)), batch="never",
         )  # fmt: skip
+
+    async def _vouched(self, sum_of: MaskedHub, signed: SignedRound) -> wire.Agreed:
+        """The survivors down to the witnesses, as many signatures up as clients ask for."""
+        graph, round = sum_of.graph, sum_of.round
+        survivors = bitmap(graph.peers, sum_of.summed)
+        witnesses = [peer for peer in graph.witnesses if peer in sum_of.summed]
+        for witness in witnesses:
+            await self.peer.send(PeerId(witness), sealed(wire.Standing(round, survivors)))
+        heard = await self._gather(wire.Vouched, round, witnesses, self.program.masking.phase_s)
+        fine = {
+            witness: told.signature
+            for witness, told in heard.items()
+            if signed.vouches(witness, survivors, told.signature)
+        }
+        if len(fine) < graph.threshold:
+            raise PeerError(
+                f"masked sum: {len(fine)} of {len(graph.witnesses)} witnesses signed the survivors "
+                f"of round {round}; need {graph.threshold}"
+            )
+        first = sorted(fine)[: graph.threshold]
+        signatures = b"".join(fine[witness] for witness in first)
+        return wire.Agreed(round, survivors, bitmap(graph.witnesses, first), signatures)
 
     async def _gather(
         self, kind: type[M], round: int, clients: Collection[int], patience_s: float

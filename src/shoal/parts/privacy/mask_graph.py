@@ -13,6 +13,14 @@ It can be opened as long as everybody has `threshold` neighbours left. The corru
 are fixed before the order is drawn, so these are tails of hypergeometric laws, and union bounds
 over peers and over pairs of runs.
 
+A hub that lies says who dropped out when it knows the order, so that it may cut the ring where
+corrupt peers happen to stand close together. Where all clients go by one set of survivors (see
+`signed_round`), the first promise is enough to say what it can learn then: sums over disjoint sets
+of clients, each with `Needed.honest` honest ones or more. For whoever answers has `threshold`
+neighbours in the set with which it shares masks, all but the corrupt ones honest, and nobody's own
+mask is opened without the answer of such a neighbour. Nor may whoever chooses the corrupt choose
+the order: it follows from the run's seed.
+
 Bell, Bonawitz, Gascon, Lepoint and Raykova 2020, sections 3 and 4 (Secure Single-Server
 Aggregation with (Poly)Logarithmic Overhead, doi 10.1145/3372297.3417885; ePrint 2020/704).
 """
@@ -37,11 +45,11 @@ class Assumed:
 
     corrupt: part of the peers that collude with the hub; dropout: part that may drop out, in all
     phases together. A sum leaks with a chance of at most 2^-sigma, and cannot be opened with a
-    chance of at most 2^-eta. lying: the hub may tell each peer something else about who dropped
-    out; False: it follows the protocol and only looks.
+    chance of at most 2^-eta. lying: the hub may tell each peer something else, of who dropped out
+    and of others' keys; False: it follows the protocol and only looks.
 
     >>> Assumed(corrupt=0.05, dropout=0.33, eta=20, lying=False).needed(1000)
-    Needed(degree=72, threshold=24)
+    Needed(degree=72, threshold=24, honest=2)
     """
 
     corrupt: float = 0.2
@@ -72,10 +80,11 @@ class Assumed:
 @dataclass(frozen=True)
 class Needed:
     """degree: neighbours of each peer; threshold: shares that open a secret, one less tells
-    nothing."""
+    nothing; honest: how many honest peers there are in any sum that can be opened, at least."""
 
     degree: int
     threshold: int
+    honest: int
 
 
 @lru_cache(maxsize=256)
@@ -91,7 +100,7 @@ def _needed(assumed: Assumed, peers: int) -> Needed:
         # The fewest shares that corrupt neighbours do not have.
         threshold = max(2, (degree + most) // 2 + 1 if assumed.lying else most + 1)
         if threshold <= degree and (log2_closed(assumed, peers, degree, threshold) <= -assumed.eta):
-            return Needed(degree, threshold)
+            return Needed(degree, threshold, threshold - most + 1)
     raise UsageError(
         f"Assumed: {peers} peers, of whom {assumed.corrupt:.0%} are corrupt and "
         f"{assumed.dropout:.0%} drop out; no degree keeps both promises (assume less, or have "
@@ -168,6 +177,13 @@ class MaskGraph:
             peer: tuple(sorted(ring[(place + step) % n] for step in around))
             for place, peer in enumerate(ring)
         }
+
+    @cached_property
+    def witnesses(self) -> tuple[int, ...]:
+        """Whose word on the survivors counts, ascending: `degree` of the peers. Two sets that
+        `threshold` of them vouch for have an honest one in common, as for anybody's neighbours."""
+        drawn = sorted(self.peers, key=lambda peer: keyed.fold(0, *self.key, "witness", peer))
+        return tuple(sorted(drawn[: self.degree]))
 
     def neighbors(self, peer: int) -> tuple[int, ...]:
         """With whom a peer shares masks, ascending; a neighbour has this peer as one, too."""

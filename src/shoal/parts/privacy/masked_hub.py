@@ -152,7 +152,7 @@ class MaskedHub:
                 continue
             key = StaticKey(self._open(owner, "key"))
             for j in near:
-                secret = pair_mask(key, self.adverts[j].mask, self.round)
+                secret = pair_mask(key, self.adverts[j].mask, self.round, owner, j)
                 assert secret is not None
                 out.append((secret, -1 if j < owner else 1))
         return tuple(out)

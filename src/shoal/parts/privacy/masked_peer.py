@@ -44,9 +44,13 @@ class Advert(NamedTuple):
     commitment: bytes
 
 
-def pair_mask(own: StaticKey, other: bytes, round: int) -> bytes | None:
-    """The secret from which both peers of a pair make the same mask."""
-    return agreed(own, other, f"mask {round}")
+def pair_mask(own: StaticKey, other: bytes, round: int, a: int, b: int) -> bytes | None:
+    """The secret from which both peers of a pair, a and b, make the same mask.
+
+    It is bound to who they are: otherwise whoever repeats the public key of another has that one's
+    masks with everybody, which cancel where one is added and the other subtracted.
+    """
+    return agreed(own, other, f"mask {round} of {min(a, b)} and {max(a, b)}")
 
 
 def own_mask(seed: bytes) -> bytes:
@@ -83,6 +87,11 @@ class MaskedPeer:
         self._agreed: dict[bytes, bytes] = {}
         self.bad: tuple[int, ...] = ()
         """Neighbours whose shares were not what they must be."""
+
+    @property
+    def there(self) -> frozenset[int]:
+        """Neighbours that shared, as far as this peer was shown: with whom it has masks."""
+        return self._there
 
     @property
     def advert(self) -> Advert:
@@ -122,7 +131,7 @@ class MaskedPeer:
                 held[other] = opened[:SHARE_BYTES], opened[SHARE_BYTES:]
             except DecodeError:
                 bad.append(other)
-            secret = pair_mask(self._mask_key, self._book[other].mask, self.round)
+            secret = pair_mask(self._mask_key, self._book[other].mask, self.round, self.me, other)
             if secret is None:
                 raise PeerError(f"peer {self.me}: the key of peer {other} is of low order")
             masks.append((secret, 1 if self.me < other else -1))

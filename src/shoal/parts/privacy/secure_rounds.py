@@ -3,7 +3,8 @@
 In each round the hub sends its parameters; while clients work on their own data they agree on keys
 and share secrets; they send their vectors under masks, and those that are still there open what the
 sum of the vectors that came needs. A client may drop out in any phase. Its vector is in the sum if
-it came; if not, its masks are taken off.
+it came; if not, its masks are taken off. Against a hub that may lie, keys are signed by identities,
+and witnesses sign whose vectors came before anything is opened (`signed_round`).
 
 The vector is what the strategy's own `local` gives, on the levels of an integer transform (such as
 `fixed_point`), times the client's weight; weights and extras travel in the same sum. `apply` runs
@@ -13,6 +14,7 @@ combine by itself.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -26,6 +28,7 @@ from shoal.parts.privacy._secure_client import Client
 from shoal.parts.privacy._secure_hub import Hub
 from shoal.parts.privacy.mask_graph import Assumed, MaskGraph
 from shoal.parts.privacy.mask_stream import SECRET_BYTES, Cipher
+from shoal.parts.privacy.signed_round import Roster, SignedRound, told
 from shoal.rounds import method as phases
 from shoal.rounds.method import Method
 from shoal.rounds.transform import Transform
@@ -42,12 +45,17 @@ class Masking:
     the largest weight of a client; weights are whole numbers (of samples, for instance) and cost
     bits. secrets: "run" draws them by the run's seed, so that a run can be repeated and whoever
     knows the seed knows everything; "system" asks the operating system, for real use. work_s: how
-    long a hub waits for vectors, phase_s: for keys, shares and openings. audit: record a linear
-    check of every client's codes, from which invariants tell that sums are exact; it gives away one
-    number of each vector.
+    long a hub waits for vectors, phase_s: for keys, shares, signatures and openings. audit: record
+    a linear check of every client's codes, from which invariants tell that sums are exact; it gives
+    away one number of each vector.
+    signing: clients sign their keys, and check those of others (see `signed_round`); a hub that may
+    lie (`assumed.lying`) implies it, and has the survivors signed as well. identities: "run" makes
+    key pairs from the run's seed, for runs that can be repeated; else the folder of a roster
+    (`Roster.of_folder`), the same on all machines. session: a word that no other run with these
+    identities and this seed has.
 
-    Assumes that clients know each other's public keys through the hub unchanged: a hub that puts
-    its own keys in their place (and not only looks, or lies about who dropped out) reads along.
+    Assumes, where keys are not signed, that the hub passes them on unchanged: one that puts its own
+    in their place reads along.
     """
 
     assumed: Assumed = ASSUMED
@@ -57,6 +65,9 @@ class Masking:
     work_s: float = 60.0
     phase_s: float = 15.0
     audit: bool = False
+    signing: bool = False
+    identities: str = "run"
+    session: str = ""
 
     def __post_init__(self) -> None:
         check_positive("Masking", self, "heaviest", "work_s", "phase_s", finite=True)
@@ -65,11 +76,27 @@ class Masking:
                 f"Masking: secrets={self.secrets!r}, cipher={self.cipher!r}; need 'run' or "
                 "'system', and 'aes' or 'chacha20'"
             )
+        if self.secrets == "system" and self.signs and self.identities == "run":
+            raise UsageError(
+                "Masking: secrets='system' with identities that follow from the run's seed, in "
+                "whose name the hub can sign (set identities to the folder of a roster, or "
+                "lying=false for a hub that follows the protocol)"
+            )
+
+    @property
+    def signs(self) -> bool:
+        """Whether keys are signed."""
+        return self.signing or self.agrees
+
+    @property
+    def agrees(self) -> bool:
+        """Whether clients go by one set of survivors."""
+        return self.assumed.lying
 
     @property
     def round_s(self) -> float:
         """The longest that a round takes, but for the way to and from the hub."""
-        return self.work_s + 3.0 * self.phase_s
+        return self.work_s + (4.0 if self.agrees else 3.0) * self.phase_s
 
     def secret(self, peer: Peer, round: int) -> bytes:
         """A peer's 32 secret bytes of a round."""
@@ -157,6 +184,22 @@ class SecureRounds:
     @cached_property
     def _graphs(self) -> dict[int, MaskGraph]:
         return {}
+
+    @cached_property
+    def roster(self) -> Roster:
+        """Who is who; UsageError for a folder that does not say."""
+        masking, method = self.masking, self.method
+        if masking.identities == "run":
+            return Roster.of_run(method.seed, masking.session)
+        return Roster.of_folder(masking.identities, method.peers, method.seed, masking.session)
+
+    def signed(
+        self, me: int, round: int, params: Tensor, extra: Mapping[str, Tensor]
+    ) -> SignedRound | None:
+        """What a peer signs and checks in a round that begins with this; None: nothing."""
+        if not self.masking.signs:
+            return None
+        return SignedRound(self.roster, self.graph(round), round, me, told(params, extra))
 
     @cached_property
     def layout(self) -> tuple[tuple[str, tuple[int, ...]], ...]:

@@ -18,13 +18,13 @@ from shoal.lab.scenario import Scenario
 from shoal.parts.privacy import _masked_wire as wire
 from shoal.parts.privacy.mask_graph import Assumed, MaskGraph
 from shoal.parts.privacy.mask_stream import add_masks
-from shoal.parts.privacy.masked_peer import MaskedPeer
 from shoal.parts.privacy.masked_sum import MaskedSum, gone_by_key
 from shoal.parts.privacy.prime_field import PRIME, lagrange, matmul
 from shoal.parts.privacy.sealed_shares import SEALED_BYTES, SHARE_BYTES, uniform_elements
 from shoal.parts.privacy.secret_sharing import Shamir
 from shoal.tensor import keyed as stacked
 from shoal.wire.codec import size_of
+from shoal.wire.identity import SIGNATURE_BYTES
 from shoal.world.faults import Round
 from shoal.world.record import Run
 
@@ -35,7 +35,7 @@ EVERY_S, AWAY_S = 25.0, 1.0
 
 def dropping(scenario: Scenario) -> Scenario:
     """Clients, drawn by key, crash at random moments and when every second round begins, and come
-    back for later rounds. A round takes at most 45 s (work_s = 30, phase_s = 5), so that no more
+    back for later rounds. A round takes at most 50 s (work_s = 30, phase_s = 5), so that no more
     than four of 20 drop out of it."""
     seed, rounds = scenario.seed, scenario.rounds or 1
 
@@ -216,39 +216,44 @@ def secrets_left(rows: Rows) -> dict[int, float]:
 LOOKS = Assumed(corrupt=0.05, dropout=0.33, lying=False)
 
 
-def fixed_bytes(degree: int, threshold: int) -> tuple[int, int]:
-    """(up, down): bytes of a client's keys, shares and openings in a round, headers included."""
-    near = tuple(range(1, degree + 1))
-    advert = MaskedPeer(0, near, threshold, 0, bytes(32)).advert
+def fixed_bytes(assumed: Assumed, peers: int) -> tuple[float, float]:
+    """(up, down): bytes of a client's keys, shares, signatures and openings in a round, headers
+    included, on average over who is a witness."""
+    needed = assumed.needed(peers)
+    degree, threshold, signs = needed.degree, needed.threshold, assumed.lying
+    near, entry = tuple(range(1, degree + 1)), wire.entry_bytes(signs=signs)
     alive = near[: max(threshold, round(0.8 * degree))]
     rest = near[len(alive) :]
-    up: tuple[Any, ...] = (
-        wire.Advertise(0, b"".join(advert)),
+    up: list[Any] = [
+        wire.Advertise(0, bytes(entry)),
         wire.Deal(0, near, bytes(SEALED_BYTES * degree)),
         wire.Reveal(0, alive, rest, bytes(SHARE_BYTES * degree)),
-    )
-    down: tuple[Any, ...] = (
-        wire.Book(0, near, bytes(96 * degree)),
+    ]
+    down: list[Any] = [
+        wire.Book(0, near, bytes(entry * degree)),
         wire.Dealt(0, near, bytes(SEALED_BYTES * degree)),
-        wire.Question(0, alive, rest),
-    )
-    return sum(map(size_of, up)), sum(map(size_of, down))
+    ]
+    vouched = shown = 0.0
+    if signs:
+        survivors, witnesses = bytes(-(-peers // 8)), bytes(-(-degree // 8))
+        signatures = bytes(SIGNATURE_BYTES * threshold)
+        down.append(wire.Agreed(0, survivors, witnesses, signatures))
+        vouched = size_of(wire.Vouched(0, bytes(SIGNATURE_BYTES))) * degree / peers
+        shown = size_of(wire.Standing(0, survivors)) * degree / peers
+    else:
+        down.append(wire.Question(0, alive, rest))
+    return vouched + sum(map(size_of, up)), shown + sum(map(size_of, down))
 
 
 def growth(rows: Rows) -> dict[int, float]:
     """Bytes for 1,000,000 clients over those for 1,000."""
-    few, many = (LOOKS.needed(peers) for peers in (1_000, 1_000_000))
-    ratio = sum(fixed_bytes(many.degree, many.threshold)) / sum(
-        fixed_bytes(few.degree, few.threshold)
-    )
-    return dict.fromkeys(rows.seeds, ratio)
+    few, many = (sum(fixed_bytes(LOOKS, peers)) for peers in (1_000, 1_000_000))
+    return dict.fromkeys(rows.seeds, many / few)
 
 
 def overhead(rows: Rows) -> dict[int, float]:
     """Over a vector of 1,000,000 float32 up and one down, for 100 clients."""
-    needed = Assumed().needed(100)
-    share = sum(fixed_bytes(needed.degree, needed.threshold)) / 8e6
-    return dict.fromkeys(rows.seeds, share)
+    return dict.fromkeys(rows.seeds, sum(fixed_bytes(Assumed(), 100)) / 8e6)
 
 
 def degrees(rows: Rows) -> dict[str, list[tuple[float, float]]]:
