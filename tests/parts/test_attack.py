@@ -152,6 +152,8 @@ def test_gaussian_has_its_deviation_and_no_correlation() -> None:
     assert between.abs().max() < 5 / np.sqrt(500)
     added = Gaussian(3.0, add=True)(View(honest=own, own=own, round=0), keys)[:, 0]
     torch.testing.assert_close(added, noise + 5.0)
+    moved = Gaussian(3.0, mean=-2.0)(View(honest=own, own=own, round=0), keys)[:, 0]
+    torch.testing.assert_close(moved, noise - 2.0)
 
 
 def test_mimic_follows_the_principal_direction() -> None:
@@ -166,15 +168,27 @@ def test_mimic_follows_the_principal_direction() -> None:
         Mimic(target=9)(view(torch.tensor(x)), KEY)
 
 
-def test_dissensus_cancels_agreement_under_the_mean() -> None:
+@pytest.mark.parametrize(("scale", "left"), [(1.0, 1.0), (0.0, 1 / 4), (3.0, 2.5)])
+def test_dissensus_undoes_agreement_under_the_mean(scale: float, left: float) -> None:
     honest = torch.sin(torch.arange(24.0, dtype=torch.float64)).reshape(6, 4)
-    sent = Dissensus(scale=6 / 2)(view(honest), KEY)
+    sent = Dissensus(scale)(view(honest), KEY)
     assert sent.shape == (6, 2, 4)
     heard = torch.cat((honest.expand(6, 6, 4), sent), -2)
     after = Mean()(heard, mask=torch.ones(6, 8, dtype=torch.bool))
     before = honest - honest.mean(0)
-    # (h mean + b (x + s (x - mean))) / (h + b) = mean + (b (1 + s) / (h + b)) (x - mean)
-    torch.testing.assert_close(after - after.mean(0), before * (2 * 4 / 8))
+    # (h mean + b x + scale h (x - mean)) / (h + b), of which x - mean is left so often.
+    torch.testing.assert_close(after - after.mean(0), before * left)
+
+
+def test_dissensus_on_a_graph_undoes_what_each_receiver_hears() -> None:
+    honest = torch.cos(torch.arange(20.0, dtype=torch.float64)).reshape(5, 4) + 1e3
+    ring = torch.eye(5, dtype=torch.bool) | torch.eye(5, dtype=torch.bool).roll(1, 0)
+    liars = torch.tensor([[1, 0], [1, 1], [0, 1], [1, 1], [1, 0]], dtype=torch.bool)
+    heard = torch.cat((ring | ring.mT, liars), -1)
+    sent = Dissensus()(View(honest, honest[:2], 0, None, heard), KEY)
+    for place in range(5):
+        rows = torch.cat((honest, sent[place]))
+        torch.testing.assert_close(Mean()(rows, mask=heard[place]), honest[place])
 
 
 def test_label_flip_mirrors_the_labels_in_the_order_of_the_index() -> None:

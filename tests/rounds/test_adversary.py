@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import pytest
@@ -53,6 +53,35 @@ def test_the_outcome_is_what_each_honest_peer_computes_itself(name: str) -> None
         order = [place, *(i for i in range(5) if i != place)]
         expected = rule(rows[order], mask=heard[place][order], center=rows[place])
         torch.testing.assert_close(found[place], expected, msg=name)
+
+
+@pytest.mark.parametrize("name", [*RULES, "bulyan", "nnm"])
+def test_on_a_graph_an_attack_asks_the_rule_about_what_each_peer_hears(name: str) -> None:
+    rule, honest, byzantine = rule_of(name), vectors(7), vectors(2, 1)
+    sides, asked = Sides((0, 1, 3, 5, 6, 7, 8), (2, 4)), []
+
+    class Asks:
+        knowledge, per_receiver = Knowledge.ALL, False
+
+        def __call__(self, view: View, key: Tensor) -> Tensor:
+            asked.append((view.heard, view.rule(view.own)))  # type: ignore[misc]
+            return view.own
+
+    method = counting(9, rule=rule, byzantine=sides.byzantine, attack=Asks())
+    craft([method], 0, 0, [sides], honest[None], byzantine[None])
+    (heard, found), rows = asked[0], torch.cat((honest, byzantine))
+    assert torch.equal(heard[0], in_hand(method, 0, 0, sides))
+    for place in range(7):
+        order = [place, *(i for i in range(9) if i != place)]
+        expected = rule(rows[order], mask=heard[0, place][order], center=rows[place])
+        torch.testing.assert_close(found[0, place], expected, msg=name)
+
+
+def test_where_an_idle_hub_combines_each_honest_peer_stands_in_for_it() -> None:
+    attack = find("attack", "sign_flip")()
+    star = find("exchange", "star")(5, hub=0, hub_works=False)
+    method = replace(counting(5, byzantine=(2, 4), attack=attack), exchange=star)
+    assert in_hand(method, 0, 0, Sides((1, 3), (2, 4))).all()
 
 
 @dataclass(frozen=True)

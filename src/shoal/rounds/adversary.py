@@ -16,10 +16,14 @@ import torch
 from shoal.base.units import to_ns
 from shoal.kernel.runtime import Runtime
 from shoal.kernel.waits import Wait
+from shoal.rounds.aggregator import Aggregator
 from shoal.rounds.attack import Knowledge, View
 from shoal.rounds.method import Method
 from shoal.tensor import keyed
-from shoal.tensor.types import Mask, Stack, Vector
+from shoal.tensor.types import Index, Mask, Stack, Vector
+
+_NUMBERS = 1 << 24
+"""Numbers of receivers' stacks gathered at a time, which bounds memory; a constant."""
 
 FALLBACK = 0.1
 """With honest peers missing, an omniscient attack acts this part of a round before its deadline."""
@@ -54,21 +58,51 @@ def craft(
         ids = ids.to(device, non_blocking=True)
         return attack(View(own, own, round), keyed.fold(key.unsqueeze(-1), ids)).squeeze(-2)
     heard = torch.stack([in_hand(m, round, hop, s) for m, s in zip(methods, sides, strict=True)])
+    order = heard_first(heard) if _asks_each(methods[0], heard) else None
     heard = heard.to(device, non_blocking=True)
+    order = None if order is None else order.to(device, non_blocking=True)
 
     def rule(candidate: Stack) -> Stack:
-        return outcome(methods[0], honest, candidate, heard)
+        return outcome(methods[0], honest, candidate, heard, order)
 
-    return attack(View(honest, own, round, rule), key)
+    return attack(View(honest, own, round, rule, heard), key)
+
+
+def _works_around(rule: Aggregator) -> bool:
+    """Whether a rule serves all receivers at once, each around its own vector."""
+    return getattr(rule, "centered", False) and hasattr(rule, "among")
+
+
+def _asks_each(method: Method, heard: Mask) -> bool:
+    """Whether the rule has to be asked for each receiver: nobody hears more than half of all.
+
+    Who hears most of them hears about what the others do, and asking for all at once is cheaper.
+    """
+    if method.exchange.hub is not None or _works_around(method.aggregator):
+        return False
+    return 2 * int(heard.sum(-1).max()) <= heard.shape[-1]
+
+
+def heard_first(heard: Mask) -> Index:
+    """Columns that each peer hears, its own first, [..., honest, the most that one hears].
+
+    Those that hear fewer find columns at the end that they do not hear.
+    """
+    own = torch.eye(*heard.shape[-2:], dtype=torch.int8, device=heard.device)
+    order = (heard.to(torch.int8) + own).argsort(dim=-1, descending=True, stable=True)
+    return order[..., : int(heard.sum(-1).max())]
 
 
 def in_hand(method: Method, round: int, hop: int, sides: Sides) -> Mask:
     """Whose vectors each honest peer will use, the own one first of all: bool [honest, n].
 
-    Columns are the honest peers, then the Byzantine ones. Losses are not foreseen.
+    Columns are the honest peers, then the Byzantine ones. Losses are not foreseen. A hub that sends
+    nothing itself has no row here: each honest peer stands in for it.
     """
     wave = method.waves(round)[hop]
     columns = {peer: place for place, peer in enumerate((*sides.honest, *sides.byzantine))}
+    if method.exchange.hub is not None and method.exchange.hub not in columns:
+        return torch.ones(len(sides.honest), len(columns), dtype=torch.bool, device="cpu")
     heard = torch.eye(len(sides.honest), len(columns), dtype=torch.bool, device="cpu")
     pairs = [
         (row, columns[source])
@@ -82,35 +116,41 @@ def in_hand(method: Method, round: int, hop: int, sides: Sides) -> Mask:
     return heard
 
 
-def outcome(method: Method, honest: Stack, byzantine: Stack, heard: Mask) -> Stack:
+def outcome(
+    method: Method, honest: Stack, byzantine: Stack, heard: Mask, order: Index | None = None
+) -> Stack:
     """What each honest peer would hold [..., honest, dim] if no message got lost.
 
-    heard: bool [..., honest, honest + byzantine]. A rule that offers `everyone` is asked as if
-    everybody heard everybody, which costs one evaluation in place of one per receiver, unless it
-    works around the receiver's own vector and offers `among`.
+    heard: bool [..., honest, honest + byzantine]; order: `heard_first` of it, or None, which asks a
+    rule that offers `everyone` as if everybody heard everybody: one evaluation in place of one per
+    receiver. A rule that works around the receiver's own vector and offers `among` is asked so.
     """
     count = honest.shape[-2]
     byzantine = byzantine.to(honest.dtype).expand(*honest.shape[:-2], *byzantine.shape[-2:])
     rows = torch.cat((honest, byzantine), -2)
     total = rows.shape[-2]
-    mask = torch.ones(rows.shape[:-1], dtype=torch.bool, device=rows.device)
-    everyone = getattr(method.aggregator, "everyone", None)
-    if getattr(method.aggregator, "centered", False) and hasattr(method.aggregator, "among"):
+    rule: Any = method.aggregator
+    if _works_around(rule):
         whole = torch.eye(total, dtype=torch.bool, device=rows.device)
         whole = whole.expand(*heard.shape[:-2], total, total).clone()
         whole[..., :count, :] = heard
-        return method.aggregator.among(rows, whole)[..., :count, :]  # type: ignore[attr-defined]
-    if everyone is not None:
-        return everyone(rows, mask)[..., :count, :]
-    # Row i of `order` is receiver i's view: its own vector first.
-    order = torch.tensor(
-        [[i, *range(i), *range(i + 1, total)] for i in range(count)], device="cpu"
-    ).to(rows.device, non_blocking=True)
-    center = rows[..., :count, :]
-    return method.aggregator(
-        rows[..., order, :], mask=heard.take_along_dim(order.expand(heard.shape), -1),
-        center=center,
-    )  # fmt: skip
+        return rule.among(rows, whole)[..., :count, :]
+    if order is None and hasattr(rule, "everyone"):
+        mask = torch.ones(rows.shape[:-1], dtype=torch.bool, device=rows.device)
+        return rule.everyone(rows, mask)[..., :count, :]
+    lead = rows.shape[:-2]
+    order = heard_first(heard) if order is None else order
+    order, heard = order.expand(*lead, *order.shape[-2:]), heard.expand(*lead, count, total)
+    at_once = max(1, _NUMBERS // max(1, order.shape[-1] * rows.shape[-1]))
+    found = []
+    for place, some, own in zip(
+        order.split(at_once, -2), heard.split(at_once, -2),
+        rows[..., :count, :].split(at_once, -2), strict=True,
+    ):  # fmt: skip
+        seen = rows.unsqueeze(-3).expand(*lead, place.shape[-2], *rows.shape[-2:])
+        seen = seen.take_along_dim(place.unsqueeze(-1), -2)
+        found.append(rule(seen, mask=some.take_along_dim(place, -1), center=own))
+    return torch.cat(found, -2)
 
 
 class Adversary:

@@ -10,7 +10,7 @@ from typing import ClassVar, Protocol
 from torch import Tensor
 
 from shoal.rounds.task import Shard, Task
-from shoal.tensor.types import Key, Stack
+from shoal.tensor.types import Key, Mask, Stack
 
 
 class Knowledge(Enum):
@@ -33,12 +33,15 @@ class View:
     rule:   for `Knowledge.ALL`: candidate [..., byzantine, dim] -> what the honest peers would
             hold after aggregation of what they wait for, [..., honest, dim] (float); lets an
             attack search against the defence in force
+    heard:  for `Knowledge.ALL`: bool [..., honest, honest + byzantine], whose vectors each honest
+            peer waits for, its own first of all; None = everybody hears everybody
     """
 
     honest: Stack
     own: Stack
     round: int
     rule: Callable[[Stack], Stack] | None = None
+    heard: Mask | None = None
 
 
 @dataclass(frozen=True)

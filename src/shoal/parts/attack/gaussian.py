@@ -15,8 +15,9 @@ from shoal.tensor.types import Key, Stack
 class Gaussian:
     """Each Byzantine peer sends independent normal noise of standard deviation `scale`.
 
-    With `add=True` the noise lies on top of its honest vector. `scale` is in the units of what is
-    sent, per coordinate. Source: Blanchard et al. 2017, section 6 (scale 200, in place of work).
+    With `add=True` the noise lies on top of its honest vector. `scale` and `mean`, the same in all
+    coordinates, are in the units of what is sent.
+    Source: Blanchard et al. 2017, section 6 (scale 200, in place of work).
 
     >>> import torch
     >>> own = torch.zeros(1, 3)
@@ -27,18 +28,24 @@ class Gaussian:
 
     scale: float = 200.0
     add: bool = False
+    mean: float = 0.0
 
     knowledge: ClassVar[Knowledge] = Knowledge.OWN
     per_receiver: ClassVar[bool] = False
-    examples: ClassVar[tuple[dict[str, Any], ...]] = ({}, {"scale": 0.1, "add": True})
+    examples: ClassVar[tuple[dict[str, Any], ...]] = (
+        {},
+        {"scale": 0.1, "add": True},
+        {"scale": 1.0, "mean": 3.0},
+    )
 
     def __post_init__(self) -> None:
         need_number("gaussian", "scale", self.scale, "a standard deviation", least=0.0)
+        need_number("gaussian", "mean", self.mean, "0 is usual")
 
     def __call__(self, view: View, key: Key) -> Stack:
         byzantine, dim = view.own.shape[-2:]
         keys = keyed.grid(keyed.grid(key, byzantine), dim)
-        noise = self.scale * keyed.normal(keys, dtype=view.own.dtype)
+        noise = self.mean + self.scale * keyed.normal(keys, dtype=view.own.dtype)
         noise = noise.expand(view.own.shape)
         return view.own + noise if self.add else noise.contiguous()
 

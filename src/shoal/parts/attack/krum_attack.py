@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from shoal.parts.aggregate.krum import scores_of
 from shoal.parts.attack.base import clean_data, honest_mean, repeated
 from shoal.rounds.attack import Knowledge, View
 from shoal.tensor.distances import distances_to, squared_distances
@@ -24,6 +25,7 @@ class KrumAttack:
 
     s are the signs of the honest mean, the direction in which they have gone: exact for updates,
     and for parameters the change since zero, as an attack here remembers nothing of earlier rounds.
+    For the same reason it starts at the mean, where the source starts at the model received.
     The search begins at a bound that Krum cannot be beyond, and asks Krum itself, as run on the
     honest and the Byzantine vectors with as many Byzantine ones expected as there are, whatever
     rule is in force. All Byzantine vectors are the same one, which makes them each other's
@@ -60,7 +62,7 @@ class KrumAttack:
     def _start(self, square: Tensor, rows: Mask, apart: Tensor, liars: int, dim: int) -> Tensor:
         """The bound on the strength, float64 [...]."""
         count = rows.sum(-1) + liars
-        total = _scores(square, rows, count, liars)
+        total = scores_of(square, rows, count, liars).nan_to_num(nan=torch.inf)
         room = (count - 2 * liars - 1).clamp_min(1).to(torch.float64)
         least = total.amin(-1).nan_to_num(posinf=0.0)
         far = apart.nan_to_num(nan=0.0, posinf=0.0).amax(-1)
@@ -72,22 +74,8 @@ class KrumAttack:
         corner = square.new_zeros(*square.shape[:-2], liars, liars)
         whole = torch.cat((torch.cat((square, side), -1), torch.cat((side.mT, corner), -1)), -2)
         here = torch.cat((rows, rows.new_ones(*rows.shape[:-1], liars)), -1)
-        found = _scores(whole, here, here.sum(-1), liars)
+        found = scores_of(whole, here, here.sum(-1), liars).nan_to_num(nan=torch.inf)
         honest = found.shape[-1] - liars
         return found[..., honest:].amin(-1) < found[..., :honest].amin(-1)
 
     poison = clean_data
-
-
-def _scores(square: Tensor, rows: Mask, received: Tensor, byzantine: int) -> Tensor:
-    """Krum's scores from squared distances [..., k, k]: float64 [..., k], infinite for no row.
-
-    A sum of squared distances to the nearest others, received [...] - byzantine - 2 of them, at
-    least one.
-    """
-    same = torch.eye(rows.shape[-1], dtype=torch.bool, device=rows.device)
-    apart = torch.where(rows.unsqueeze(-2) & ~same, square, torch.inf).sort(-1).values
-    count = (received - byzantine - 2).clamp(min=1)[..., None, None]
-    places = torch.arange(rows.shape[-1], device=rows.device)
-    total = torch.where(places < count, apart, 0.0).sum(-1)
-    return torch.where(rows, total, torch.inf)
