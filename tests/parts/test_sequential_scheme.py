@@ -13,6 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.base.errors import UsageError
+from shoal.parts.coding import gradient_code
+from shoal.parts.coding._rules import shared_code
 from shoal.parts.coding._tolerance import Bursty
 from shoal.parts.coding.sequential_scheme import SequentialScheme, spare
 
@@ -231,6 +233,40 @@ def test_who_is_missing_repeats_as_many_tasks_as_are_wanting() -> None:
     assert scheme.decodable(2)
     # The base code is enough for two late workers again, whoever they are.
     assert not scheme.must_wait(3, set(range(2, 8)))
+
+
+@pytest.mark.parametrize("name", ["gc", "sr", "m"])
+def test_what_float64_cannot_decode_is_waited_for(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Were the residual bound tighter than some sets reach, all jobs would be decoded still."""
+    makes = {
+        "gc": lambda: SequentialScheme.gc(9, 3, jobs=4),
+        "sr": lambda: SequentialScheme.sr_sgc(9, 1, 2, 5, jobs=4),
+        "m": lambda: SequentialScheme.m_sgc(9, 2, 3, 3, jobs=4),
+    }
+    code = shared_code(9, 3)
+    code._cache.clear()
+    sets = [
+        frozenset(each) for size in (3, 4, 5) for each in itertools.combinations(range(9), size)
+    ]
+    kept = {late: tuple(sorted(set(range(9)) - late)) for late in sets if len(late) == 3}
+    off = [np.abs(code.weights(ids) @ code.matrix[list(ids)] - 1).max() for ids in kept.values()]
+    monkeypatch.setattr(gradient_code, "RESIDUAL", float(np.median(off)))
+    code._cache.clear()
+    waited = 0
+    for turn, late in enumerate(sets):
+        scheme = makes[name]()
+        for round in range(1, scheme.rounds + 1):
+            now = late if round % 3 == turn % 3 else frozenset()
+            finished = set(range(9)) - now
+            if scheme.must_wait(round, finished):
+                waited += scheme._tolerance.admits(sum(1 << w for w in now))
+                finished = set(range(9))
+            scheme.observe(round, finished)
+            assert round <= scheme.delay or scheme.recipe(round - scheme.delay)
+    assert waited > 10
+    code._cache.clear()
 
 
 def test_the_model_counts_workers_and_gaps() -> None:

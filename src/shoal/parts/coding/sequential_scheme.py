@@ -17,15 +17,9 @@ from fractions import Fraction
 from torch import Tensor
 
 from shoal.base.errors import UsageError
-from shoal.parts.coding._rules import (
-    Coded,
-    MiniTask,
-    Multiplexed,
-    Record,
-    Rule,
-    SelectiveRepeat,
-    shared_code,
-)
+from shoal.parts.coding._coded_rules import Coded, SelectiveRepeat
+from shoal.parts.coding._multiplexed_rule import Multiplexed
+from shoal.parts.coding._rules import MiniTask, Record, Rule, shared_code
 
 __all__ = ["MiniTask", "SequentialScheme"]
 
@@ -154,8 +148,12 @@ class SequentialScheme:
         return sum(self.sizes[chunk] for task in tasks for chunk in task.chunks)
 
     def must_wait(self, round: int, finished: Collection[int]) -> bool:
-        """Whether a job could be lost if only these workers' results of the round were used."""
-        return not self._tolerance.admits(self._late(round, finished))
+        """Whether a job could be lost if only these workers' results of the round were used.
+
+        That is where the stragglers leave the scheme's model, and, hardly ever, where float64
+        cannot decode what it admits.
+        """
+        return not self._affords(self._late(round, finished), finished)
 
     def observe(self, round: int, finished: Collection[int]) -> None:
         """The round is over, and these workers' results are there.
@@ -163,7 +161,7 @@ class SequentialScheme:
         Raises UsageError where `must_wait` says that it is not over.
         """
         late = self._late(round, finished)
-        if not self._tolerance.admits(late):
+        if not self._affords(late, finished):
             raise UsageError(
                 f"SequentialScheme: round {round} of {self.name} ended without {late.bit_count()} "
                 "workers, which would lose a job (wait for all when must_wait says so)"
@@ -203,6 +201,14 @@ class SequentialScheme:
         """Drop what is known about a job, once round job + T is over."""
         came = self._record.came
         came.difference_update([key for key in came if key[0] == job])
+
+    def _affords(self, late: int, finished: Collection[int]) -> bool:
+        if not late:
+            return True
+        if not self._tolerance.admits(late):
+            return False
+        settled = self.rule.settled(self._round, self.jobs, self._record, frozenset(finished))
+        return all(code.solvable(known) for code, known in settled)
 
     def _late(self, round: int, finished: Iterable[int]) -> int:
         planned, late = self.plan(round), 0
