@@ -165,7 +165,7 @@ class Simulation:
     def run(self, progress: Callable[[float, int], None] | None = None) -> Run:
         watch = Stopwatch()
         try:
-            self.outages.schedule()
+            self.outages.begin()
             for runtime in self.runtimes:
                 if runtime.id not in self.outages.absent:
                     self.start(runtime)
