@@ -204,7 +204,8 @@ def test_no_vector_moves_a_sum_by_more_than_is_counted(
     codec = DiscreteGaussian(clip=clip, noise_multiplier=0.0, unit=unit)
     x = normal(grid(key_of(seed), dim), dtype=torch.float64) * scale
     payload, _ = codec.encode(x, None, KEY)
-    assert float(payload.numbers.double().norm()) <= codec.release(dim).sensitivity * (1 + 1e-12)
+    numbers = (payload.codes - codec.most).double()
+    assert float(numbers.norm()) <= codec.release(dim).sensitivity * (1 + 1e-12)
 
 
 def test_sums_of_masked_numbers_are_the_sums_of_numbers() -> None:
@@ -213,13 +214,15 @@ def test_sums_of_masked_numbers_are_the_sums_of_numbers() -> None:
     codec = DiscreteGaussian(clip=1.0, noise_multiplier=0.3, unit=0.01, clients=clients)
     x = torch.linspace(-3, 3, clients * dim).view(clients, dim)
     payload, _ = codec.encode(x, None, grid(KEY, clients))
-    shifted = payload.numbers + codec.most
-    assert int(shifted.min()) >= 0
+    assert int(payload.codes.min()) >= 0
     ring = ModularSum(levels=2 * codec.most + 1, clients=clients)
     assert ring.bits == codec.width
-    numbers = ring.total(ring.masked(shifted, KEY)) - clients * codec.most
-    assert numbers.equal(payload.numbers.sum(0))
-    mean = codec.decode_sum(numbers, clients)
+    plain = payload.codes.clone()
+    total = ring.total(ring.masked(payload.codes, KEY))
+    # Masking is not to change what it is given.
+    assert payload.codes.equal(plain)
+    assert total.equal(plain.sum(0))
+    mean = codec.decode_sum(total, clients)
     torch.testing.assert_close(mean, codec.decode(payload).double().mean(0), rtol=1e-5, atol=1e-6)
     spent = Ledger().after(codec.release(dim, clients), 10).epsilon(1e-5)
     alone = Ledger().after(codec.release(dim), 10).epsilon(1e-5)

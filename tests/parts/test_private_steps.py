@@ -199,6 +199,36 @@ def test_what_is_claimed_is_what_is_counted() -> None:
         assert noisy.epsilon(40, 1e-5) == pytest.approx(3.0, rel=1e-6)
 
 
+@pytest.mark.parametrize(
+    "settings", [{"steps": 3}, {"draws": "parts", "sampling": 0.25},
+                 {"draws": "parts", "sampling": 0.25, "mechanism": "tree"}],
+)  # fmt: skip
+def test_no_step_exceeds_the_budget(settings: dict) -> None:
+    """The last step within it is made, the next one is not, whatever the peers do or lose."""
+    task = digits(hidden=())
+    free = PrivateSteps(noise=3.0, records=20, **settings)
+    # Enough for two rounds and a bit.
+    strategy = replace(free, budget=free.epsilon(8, 1e-4) * 0.999, delta=1e-4)
+    allowed = strategy.allowed
+    assert 0 < allowed < 8 * strategy.steps
+    state = strategy.init(task.init(keyed.key_of(1)).expand(PEERS, -1).clone())
+    moved = []
+    for round in range(9):
+        before = state.params
+        # A peer that lost its state has spent what it spent.
+        state = replace(state, taken=state.taken * 0) if round == 4 and free.steps > 1 else state
+        state, parcel = strategy.local(state, step_of(task, round))
+        assert parcel.vector.equal(state.params)
+        moved.append(not before.equal(state.params))
+    worked = -(-allowed // strategy.steps)
+    assert moved == [True] * worked + [False] * (9 - worked)
+    assert strategy.epsilon(1000, 1e-4) <= strategy.budget
+    assert free._spent(allowed + 1).epsilon(1e-4) > strategy.budget
+    assert replace(strategy, noise=0.0).allowed == 0
+    assert replace(strategy, budget=None).allowed > 10**9
+    assert strategy.calibrated(3.0, 1e-5, rounds=40).noise == free.calibrated(3.0, 1e-5, 40).noise
+
+
 def test_it_learns_at_a_price() -> None:
     """More noise, less accuracy; averaging with others gives some of it back."""
     task = Digits(peers=PEERS, hidden=())
@@ -242,6 +272,9 @@ def test_samples_of_a_masked_batch_are_never_seen() -> None:
         ({"clip": 0.0}, "clip=0.0; need a finite norm above 0"),
         ({"noise": -1.0}, "noise=-1.0"),
         ({"records": 0}, "records=0"),
+        ({"budget": -1.0}, "budget=-1.0; need at least 0"),
+        ({"delta": 1.0}, "delta=1.0; need a chance"),
+        ({"secrets": "seed"}, "secrets='seed'; need 'run'"),
     ],
 )
 def test_errors_name_the_argument(settings: dict, message: str) -> None:

@@ -59,7 +59,7 @@ class ModularSum:
                 f"{int(codes.max())}; need one row for each of {self.clients} clients and codes "
                 f"from 0 to {self.levels - 1}"
             )
-        total = codes.to(torch.int64)
+        total = codes.to(torch.int64, copy=True)
         for first in range(self.clients):
             others = torch.arange(first + 1, self.clients, device=codes.device)
             mask = grid(fold(key, first, others), codes.shape[1]) & self._most

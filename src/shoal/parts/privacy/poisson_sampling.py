@@ -11,30 +11,33 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from shoal.parts.privacy.secret_keys import Secrets, draw_keys
 from shoal.rounds.task import Shard, Task
 from shoal.tensor.keyed import fold, uniform
 from shoal.tensor.types import Key, Mask, Vector
 
 
-def drawn(shard: Shard, key: Key, p: float) -> Shard:
+def drawn(shard: Shard, key: Key, p: float, secrets: Secrets = "run") -> Shard:
     """The part of a shard that a round uses: each sample with probability p, by itself.
 
     shard, key: leading axes [...]. Sizes differ from draw to draw; samples keep their order.
-    Amplification by sampling holds against those who do not know the key.
+    Amplification by sampling holds against those who do not know the key, and with secrets =
+    "system" against everybody (see `parts.privacy.secret_keys`).
 
     >>> shard = Shard(torch.arange(1000), torch.tensor(1000))
     >>> drawn(shard, torch.tensor(1), 0.5).size
     tensor(499)
     """
     places = torch.arange(shard.index.shape[-1], device=key.device)
-    return _kept(shard, uniform(fold(key, "records").unsqueeze(-1), places) < p, places)
+    coins = uniform(draw_keys(fold(key, "records"), len(places), secrets))
+    return _kept(shard, coins < p, places)
 
 
 def dealt(shard: Shard, part: Tensor, parts: int) -> Shard:
     """The samples whose place in the shard is `part` modulo `parts`: each is in one part.
 
-    part: int64 [...]. Nobody draws anything, and whether a sample is there moves no other one (the
-    last ones apart, which may be missing).
+    part: int64 [...]. Nobody draws anything. A sample stays in its part whether others are there or
+    not as long as the place of one that is missing stays empty, which is what neighbours are here.
 
     >>> shard = Shard(torch.arange(10), torch.tensor(8))
     >>> some = dealt(shard, torch.tensor(1), 3)
@@ -75,14 +78,15 @@ def clipped_sum(
 
 
 def sampled_gradient(
-    task: Task, params: Vector, shard: Shard, key: Key, p: float, clip: float
-) -> Vector:
+    task: Task, params: Vector, shard: Shard, key: Key, p: float, clip: float,
+    secrets: Secrets = "run",
+) -> Vector:  # fmt: skip
     """1 / (p |D|) times the sum of the clipped gradients of records drawn with probability p.
 
     params [..., dim]; |D| = shard.size counts as public. Divided by the expected size of the
     sample, not by the realised one, so that a record moves the result by clip / (p |D|) at most.
     """
-    sample = drawn(shard, key, p)
+    sample = drawn(shard, key, p, secrets)
     total = clipped_sum(task, params, sample, key, p * shard.index.shape[-1], clip)
     size = shard.size.clamp_min(1).to(params.dtype).unsqueeze(-1)
     return total / (p * size)

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from shoal.base.errors import UsageError
 from shoal.parts.privacy.accountant import Neighbours
-from shoal.tensor.keyed import fold, grid, normal
+from shoal.parts.privacy.secret_keys import Secrets, check_secrets, draw_keys
+from shoal.tensor.keyed import fold, normal
 from shoal.tensor.types import Key, Vector
 
 
@@ -40,6 +41,8 @@ class TreeSums:
 class TreeNoise:
     """N(0, deviation^2) at each node of trees of `leaves` terms, which follow one another.
 
+    secrets: of the draws, see `parts.privacy.secret_keys`.
+
     >>> tree = TreeNoise(4)
     >>> tree.levels
     3
@@ -51,12 +54,14 @@ class TreeNoise:
 
     leaves: int
     deviation: float = 1.0
+    secrets: Secrets = "run"
 
     def __post_init__(self) -> None:
         if self.leaves < 1:
             raise UsageError(f"TreeNoise: leaves={self.leaves}; need at least one term")
         if not 0 <= self.deviation < math.inf:
             raise UsageError(f"TreeNoise: deviation={self.deviation}; need a finite number >= 0")
+        check_secrets("TreeNoise", self.secrets)
 
     @property
     def levels(self) -> int:
@@ -80,7 +85,8 @@ class TreeNoise:
         # Term number `count` completes the node whose level is the number of zeros at its end.
         level = _trailing_zeros(count, self.levels).unsqueeze(-1)
         levels = torch.arange(self.levels, device=count.device)
-        draws = normal(grid(fold(key, "tree"), old.shape[-1]), dtype=old.dtype) * self.deviation
+        keys = draw_keys(fold(key, "tree"), old.shape[-1], self.secrets)
+        draws = normal(keys, dtype=old.dtype) * self.deviation
         fresh = torch.where((levels == level).unsqueeze(-1), draws.unsqueeze(-2), old)
         nodes = torch.where((levels < level).unsqueeze(-1), 0.0, fresh)
         return TreeSums(nodes, count), nodes.sum(-2) - old.sum(-2)

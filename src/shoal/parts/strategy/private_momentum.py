@@ -13,9 +13,10 @@ from torch import Tensor
 from shoal.base.errors import UsageError
 from shoal.parts.aggregate.median import middle
 from shoal.parts.privacy.poisson_sampling import sampled_gradient
+from shoal.parts.privacy.secret_keys import Secrets, check_secrets, draw_keys
 from shoal.rounds.strategy import Heard, Parcel, Step
 from shoal.tensor import tree
-from shoal.tensor.keyed import fold, grid, normal
+from shoal.tensor.keyed import fold, normal
 from shoal.tensor.stack import masked_mean, usable
 from shoal.tensor.types import Key, Mask, Stack, Vector
 
@@ -45,15 +46,17 @@ class PrivateMomentum:
     rule: "centred" is DP-BREM: phi~ <- phi~ + (sum_i clip_C(phi_i - phi~) + Z) / n with C =
     `client_clip`; C = inf is the mean, with momentum = 0 DP-FedSGD. "median": the coordinate-wise
     median plus noise, not divided by n, since one record may move a median as far as its client.
-    "sign": clients send the signs of their vectors, and the mean sign is followed. "entries": the
+    "sign": clients send the signs of their vectors, and the mean sign is followed; one record may
+    turn all signs of its client, so that noise must be local. "entries": the
     mean of vectors whose entries are clipped to C. local_noise: each client adds its noise to g
     before the momentum, and nobody trusts the hub.
 
     With "centred" m malicious of n clients move phi~ by at most 2 m C / n in a round; C must be
     about the distance of honest clients from phi~, far above it is the plain mean. The clip R stays
     the same in all rounds: momentum carries older gradients, so noise that shrinks with R would no
-    longer cover them. Noise is drawn by key: it hides nothing from those who know the seed.
-    Needs a hub that does not work on data of its own.
+    longer cover them. secrets: "run" draws records and noise by key, which hides nothing from those
+    who know the seed; with "system" nobody can work them out (see `parts.privacy.secret_keys`).
+    |D| is public. Needs a hub that does not work on data of its own.
     Source: Gu, Zhao, Yu and Xiong 2025, algorithm 1 (DP-BREM, arXiv 2306.12608).
 
     >>> PrivateMomentum(client_clip=0.5).needs_hub
@@ -68,6 +71,7 @@ class PrivateMomentum:
     noise: float = 0.0
     rule: Rule = "centred"
     local_noise: bool = False
+    secrets: Secrets = "run"
 
     needs_hub: ClassVar[bool] = True
     examples: ClassVar[tuple[dict[str, Any], ...]] = (
@@ -99,6 +103,13 @@ class PrivateMomentum:
             raise UsageError(f"PrivateMomentum: noise={self.noise}; need a finite number >= 0")
         if self.rule not in RULES:
             raise UsageError(f"PrivateMomentum: rule={self.rule!r}; need one of {', '.join(RULES)}")
+        if self.rule == "sign" and self.noise and not self.local_noise:
+            raise UsageError(
+                f"PrivateMomentum: rule='sign', noise={self.noise} at the hub; one record may turn "
+                "every sign that its client sends, far more than the noise is sized for (set "
+                "local_noise, or noise = 0)"
+            )
+        check_secrets("PrivateMomentum", self.secrets)
 
     @property
     def deviation(self) -> float:
@@ -110,8 +121,9 @@ class PrivateMomentum:
 
     def local(self, state: State, step: Step) -> tuple[State, Parcel]:
         gradient = sampled_gradient(
-            step.task, state.params, step.shard, step.key, self.sampling, self.record_clip
-        )
+            step.task, state.params, step.shard, step.key, self.sampling, self.record_clip,
+            self.secrets,
+        )  # fmt: skip
         if self.local_noise:
             gradient = gradient + self.drawn_noise(step.key, gradient)
         momentum = torch.lerp(gradient, state.momentum, self.momentum)
@@ -122,7 +134,8 @@ class PrivateMomentum:
         """N(0, (sigma R)^2) in each entry."""
         if not self.noise:
             return torch.zeros_like(like)
-        return normal(grid(fold(key, "noise"), like.shape[-1]), dtype=like.dtype) * self.deviation
+        keys = draw_keys(fold(key, "noise"), like.shape[-1], self.secrets)
+        return normal(keys, dtype=like.dtype) * self.deviation
 
     def combine(
         self, state: State, rows: Stack, mask: Mask, share: Tensor, extra: Mapping[str, Tensor],
@@ -138,7 +151,7 @@ class PrivateMomentum:
         elif self.rule == "median":
             found = middle(rows, heard) + noise
         elif self.rule == "sign":
-            found = masked_mean(rows.sign(), heard) + noise / count
+            found = masked_mean(rows.sign(), heard)
         else:
             limit = self.client_clip
             found = masked_mean(rows.clamp(-limit, limit), heard) + noise / count

@@ -48,6 +48,11 @@ class SecureMomentum(PrivateMomentum):
                 f"client_clip={self.client_clip}; need the rule 'centred', noise on the sum and a "
                 "finite clip, which is what the proof of the norm is about"
             )
+        if self.secrets != "run":
+            raise UsageError(
+                f"SecureMomentum: secrets={self.secrets!r}; its shares and noise are drawn by key "
+                "(set secrets = 'run'; a run measures what the protocol costs)"
+            )
         self.adder.unit(self.deviation)
 
     @property

@@ -8,13 +8,15 @@ of their codes decodes to (`decode_sum`), and a hub needs no more than that sum.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from shoal.base.errors import DecodeError, UsageError
+from shoal.parts.privacy.secret_keys import Secrets, check_secrets, draw_keys
 from shoal.parts.transform._bits import pack_integers, packed_bytes, unpack_integers
 from shoal.parts.transform.base import (
     Buffer,
@@ -25,7 +27,7 @@ from shoal.parts.transform.base import (
     check_number,
     flat_view,
 )
-from shoal.tensor.keyed import fold, grid
+from shoal.tensor.keyed import fold
 from shoal.tensor.types import Key, Mask, Vector
 
 DOUBLE, BROKEN = 1, 2
@@ -34,7 +36,7 @@ DOUBLE, BROKEN = 1, 2
 
 @dataclass(frozen=True, eq=False)
 class Codes(TensorPayload):
-    """codes: uint8 or int32 [..., dim]; broken: bool [...], the vector was not finite.
+    """codes: whole numbers [..., dim], 0 or more; broken: bool [...], the vector was not finite.
 
     On the wire: a byte of flags, then `width` bits for each code.
     """
@@ -55,6 +57,37 @@ class Codes(TensorPayload):
         return bytes([flags]) + pack_integers(array(self.codes), self.width)
 
 
+def unpacked_codes(
+    data: Buffer, dim: int, width: int, levels: int, blank: int, who: str
+) -> tuple[np.ndarray, int]:
+    """Codes [dim] below `levels` and the byte of flags of a packed row, from anybody.
+
+    blank: the code of all entries of a vector that was not finite.
+    """
+    view = flat_view(data)
+    packed = packed_bytes(dim, width)
+    if len(view) != 1 + packed:
+        raise DecodeError(
+            f"{who}: {len(view)} bytes; need {1 + packed} for this layout (truncated, or bound to "
+            "another)"
+        )
+    flags = view[0]
+    codes = unpack_integers(bytes_at(view, 1, packed), width, dim, who)
+    if flags > DOUBLE + BROKEN or (codes >= levels).any():
+        raise DecodeError(
+            f"{who}: flags {flags}, largest code {codes.max()} of {levels} (corrupted bytes)"
+        )
+    if flags & BROKEN and (codes != blank).any():
+        raise DecodeError(f"{who}: codes in a vector without numbers (corrupted bytes)")
+    return codes, flags
+
+
+def codes_of(codes: np.ndarray, flags: int, width: int, dtype: torch.dtype) -> Codes:
+    """The payload that was unpacked, with codes of that dtype."""
+    broken = torch.tensor(bool(flags & BROKEN), device="cpu")
+    return Codes(torch.from_numpy(codes).to(dtype), broken, width, bool(flags & DOUBLE))
+
+
 @dataclass(frozen=True)
 class IntegerCodec(Codec):
     """Base of mechanisms whose entry z stands for `low + step * z`, z = 0 .. levels - 1.
@@ -62,15 +95,18 @@ class IntegerCodec(Codec):
     clip: entries are limited to [-clip, clip] first. clients: of how many clients the codes are to
     be added up modulo a power of two under masks (secure aggregation); an entry then takes
     ceil(log2(clients * (levels - 1) + 1)) bits rather than ceil(log2(levels)). The masks are not
-    made here (see `shoal.parts.privacy.modular_sum`), only paid for.
+    made here (see `shoal.parts.privacy.modular_sum`), only paid for. secrets: of the draws, see
+    `shoal.parts.privacy.secret_keys`.
     """
 
     clip: float = 1.5
     levels: int = 16
     clients: int = 1
+    secrets: Secrets = field(default="run", kw_only=True)
 
     def __post_init__(self) -> None:
         who = self._name
+        check_secrets(who, self.secrets)
         self._number("clip", self.clip, 0 < self.clip < math.inf, "a finite number > 0")
         check_number(
             who, "levels", self.levels, f"{self.fewest} to {self.most}",
@@ -137,7 +173,7 @@ class IntegerCodec(Codec):
         self._accept(x)
         # The levels are exact in float64 only, and so is which of them an entry lies on.
         entries = x.to(torch.float64).nan_to_num(0.0).clamp(-self.clip, self.clip)
-        codes = self.draw(entries, grid(fold(key, self._name), x.shape[-1]))
+        codes = self.draw(entries, draw_keys(fold(key, self._name), x.shape[-1], self.secrets))
         broken = ~x.isfinite().all(-1)
         codes = codes.masked_fill(broken.unsqueeze(-1), 0)
         return Codes(codes, broken, self.width, x.dtype == torch.float64), state
@@ -155,25 +191,5 @@ class IntegerCodec(Codec):
 
     def unpack(self, data: Buffer) -> Codes:
         dim = self._bound().dim
-        view = flat_view(data)
-        packed = packed_bytes(dim, self.width)
-        if len(view) != 1 + packed:
-            raise DecodeError(
-                f"{self._name}: {len(view)} bytes; need {1 + packed} for this layout (truncated, "
-                "or bound to another)"
-            )
-        flags = view[0]
-        codes = unpack_integers(bytes_at(view, 1, packed), self.width, dim, self._name)
-        if flags > DOUBLE + BROKEN or (codes >= self.levels).any():
-            raise DecodeError(
-                f"{self._name}: flags {flags}, largest code {codes.max()} of {self.levels} "
-                "(corrupted bytes)"
-            )
-        if flags & BROKEN and codes.any():
-            raise DecodeError(f"{self._name}: codes in a vector without numbers (corrupted bytes)")
-        return Codes(
-            codes=torch.from_numpy(codes).to(self.dtype),
-            broken=torch.tensor(bool(flags & BROKEN), device="cpu"),
-            width=self.width,
-            double=bool(flags & DOUBLE),
-        )
+        codes, flags = unpacked_codes(data, dim, self.width, self.levels, 0, self._name)
+        return codes_of(codes, flags, self.width, self.dtype)

@@ -6,9 +6,11 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from shoal.parts.privacy.sampled_gaussian import GaussianRelease
+from shoal.parts.privacy.secret_keys import Secrets, check_secrets, draw_keys
 from shoal.parts.transform.base import Buffer, Codec, Dense, check_number, vector_norm
 from shoal.parts.transform.identity import unpack_dense
-from shoal.tensor.keyed import fold, grid, normal
+from shoal.tensor.keyed import fold, normal
 from shoal.tensor.types import Key, Vector
 
 
@@ -16,8 +18,11 @@ from shoal.tensor.types import Key, Vector
 class ClipAndNoise(Codec):
     """Scale to norm at most `clip`, then add N(0, (clip * noise_multiplier)^2) to each entry.
 
-    This is the Gaussian mechanism of a peer's whole message; what epsilon it buys is accounted
-    elsewhere, and only if the key stays secret. The message stays dense: dim * itemsize bytes.
+    This is the Gaussian mechanism of a peer's whole message: `release` is what the ledger counts,
+    for a message that is there or not. secrets: with "run" the noise follows from the run's seed
+    and hides nothing from those who know it; with "system" nobody can work it out. A vector that is
+    not finite arrives as such, which tells everybody so and is not counted. The message stays
+    dense: dim * itemsize bytes.
     Source: McMahan et al. 2018, algorithm 1 (arXiv 1710.06963), noise added at the sender.
 
     >>> import torch
@@ -29,6 +34,7 @@ class ClipAndNoise(Codec):
 
     clip: float = 1.0
     noise_multiplier: float = 1.0
+    secrets: Secrets = "run"
 
     dense: ClassVar[bool] = True
     adds_noise: ClassVar[bool] = True
@@ -49,13 +55,20 @@ class ClipAndNoise(Codec):
             "a finite number >= 0",
             0 <= self.noise_multiplier < math.inf,
         )
+        check_secrets("clip_and_noise", self.secrets)
+
+    @property
+    def release(self) -> GaussianRelease:
+        """What the ledger counts for one message."""
+        return GaussianRelease(self.noise_multiplier)
 
     def encode(self, x: Vector, state: Any, key: Key) -> tuple[Dense, Any]:
         self._accept(x)
         factor = self.clip / vector_norm(x).clamp(min=self.clip)
         values = x * factor.unsqueeze(-1).to(x.dtype)
         if self.noise_multiplier:
-            draws = normal(grid(fold(key, "clip_and_noise"), x.shape[-1]), dtype=x.dtype)
+            keys = draw_keys(fold(key, "clip_and_noise"), x.shape[-1], self.secrets)
+            draws = normal(keys, dtype=x.dtype)
             values = values + draws * (self.clip * self.noise_multiplier)
         return Dense(values), state
 

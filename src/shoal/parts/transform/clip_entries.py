@@ -8,9 +8,10 @@ from typing import Any, ClassVar
 
 import torch
 
+from shoal.parts.privacy.secret_keys import Secrets, check_secrets, draw_keys
 from shoal.parts.transform.base import Buffer, Codec, Dense, check_number
 from shoal.parts.transform.identity import unpack_dense
-from shoal.tensor.keyed import fold, grid, normal
+from shoal.tensor.keyed import fold, normal
 from shoal.tensor.types import Key, Vector
 
 
@@ -21,7 +22,7 @@ class ClipEntries(Codec):
     What integer mechanisms (`rqm`, `pbm`) are compared with: noise = 0 shows what clipping alone
     costs, other noise is the Gaussian mechanism of single entries (its guarantee:
     `shoal.parts.privacy.accountant.gaussian_renyi`). `clip_and_noise` bounds the norm instead.
-    The message stays dense: dim * itemsize bytes.
+    secrets: as there. The message stays dense: dim * itemsize bytes.
 
     >>> codec = ClipEntries(clip=1.0)
     >>> codec.decode(codec.encode(torch.tensor([3., -0.5]), None, torch.tensor(0))[0])
@@ -30,6 +31,7 @@ class ClipEntries(Codec):
 
     clip: float = 1.5
     noise: float = 0.0
+    secrets: Secrets = "run"
 
     dense: ClassVar[bool] = True
     adds_noise: ClassVar[bool] = True
@@ -41,13 +43,15 @@ class ClipEntries(Codec):
             ("noise", 0 <= self.noise < math.inf, "a finite number >= 0"),
         ):
             check_number("clip_entries", name, getattr(self, name), rule, fine)
+        check_secrets("clip_entries", self.secrets)
 
     def encode(self, x: Vector, state: Any, key: Key) -> tuple[Dense, Any]:
         self._accept(x)
         # Clipping must not turn infinity into an ordinary number.
         values = torch.where(x.isfinite(), x.clamp(-self.clip, self.clip), math.nan)
         if self.noise:
-            draws = normal(grid(fold(key, "clip_entries"), x.shape[-1]), dtype=x.dtype)
+            keys = draw_keys(fold(key, "clip_entries"), x.shape[-1], self.secrets)
+            draws = normal(keys, dtype=x.dtype)
             values = values + draws * self.noise
         return Dense(values), state
 

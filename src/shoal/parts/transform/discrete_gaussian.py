@@ -9,53 +9,20 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from shoal.base.errors import DecodeError, UsageError
+from shoal.base.errors import UsageError
 from shoal.parts.privacy.discrete_gaussian import (
     FINEST,
     DiscreteGaussianRelease,
     discrete_gaussian,
 )
-from shoal.parts.transform._bits import pack_integers, packed_bytes, unpack_integers
-from shoal.parts.transform._codes import BROKEN, DOUBLE
-from shoal.parts.transform.base import (
-    Buffer,
-    Codec,
-    TensorPayload,
-    array,
-    bytes_at,
-    check_number,
-    flat_view,
-    vector_norm,
-)
-from shoal.tensor.keyed import fold, grid
-from shoal.tensor.types import Key, Mask, Vector
+from shoal.parts.privacy.secret_keys import Secrets, check_secrets, draw_keys
+from shoal.parts.transform._codes import Codes, codes_of, unpacked_codes
+from shoal.parts.transform.base import Buffer, Codec, check_number, vector_norm
+from shoal.tensor.keyed import fold
+from shoal.tensor.types import Key, Vector
 
 TAILS = 12.0
 """Noise beyond so many deviations is cut off, once in 10^32 entries."""
-
-
-@dataclass(frozen=True, eq=False)
-class Units(TensorPayload):
-    """numbers: int64 [..., dim], from -most to most; broken: bool [...], the vector was not finite.
-
-    On the wire: a byte of flags, then `width` bits for each number plus `most`.
-    """
-
-    ranks: ClassVar[dict[str, int]] = {"numbers": 1, "broken": 0}
-
-    numbers: Tensor
-    broken: Mask
-    most: int
-    width: int
-    double: bool
-
-    def row_bytes(self) -> int:
-        return 1 + packed_bytes(self.numbers.shape[-1], self.width)
-
-    def pack(self) -> bytes:
-        self._need_row()
-        flags = DOUBLE * self.double + BROKEN * bool(self.broken)
-        return bytes([flags]) + pack_integers(array(self.numbers) + self.most, self.width)
 
 
 @dataclass(frozen=True)
@@ -67,7 +34,9 @@ class DiscreteGaussian(Codec):
     taken modulo a power of two under masks, and no bits of floating point betray anything. Rounding
     may lengthen a vector by sqrt(dim) / 2 units, which `release` counts. clients: of how many the
     numbers are to be added up; each takes as many bits as the sum (masks are made elsewhere,
-    see `shoal.parts.privacy.modular_sum`).
+    see `shoal.parts.privacy.modular_sum`). secrets: with "run" the noise follows from the run's
+    seed and hides nothing from those who know it; with "system" nobody can work it out. A vector
+    that is not finite arrives as such, which tells everybody so and is not counted.
     Source: Kairouz, Liu and Steinke 2021 (arXiv 2102.06387), without the random rotation, and
     rounded to the nearest unit, which is off by half a unit at most.
 
@@ -83,6 +52,7 @@ class DiscreteGaussian(Codec):
     noise_multiplier: float = 1.0
     unit: float = 0.001
     clients: int = 1
+    secrets: Secrets = "run"
 
     adds_noise: ClassVar[bool] = True
     examples: ClassVar[tuple[dict[str, Any], ...]] = (
@@ -97,6 +67,7 @@ class DiscreteGaussian(Codec):
             value = getattr(self, name)
             rule = "a finite number >= 0" if low else "a finite number > 0"
             check_number(who, name, value, rule, 0 <= value < math.inf and (low or value > 0))
+        check_secrets(who, self.secrets)
         check_number(
             who, "clients", self.clients, "1 to 1000000", self.clients in range(1, 1_000_001)
         )
@@ -127,58 +98,39 @@ class DiscreteGaussian(Codec):
         return (2 * self.most * self.clients).bit_length()
 
     def release(self, dim: int, clients: int = 1) -> DiscreteGaussianRelease:
-        """What the ledger counts for one message, or for a sum of which nothing else is seen."""
+        """What the ledger counts for one message, or for a sum of which nothing else is seen.
+
+        Neighbours: a client's message is there or not (zero in its place). One that is replaced
+        moves the sum by twice as much.
+        """
         sensitivity = self.clip / self.unit + math.sqrt(dim) / 2
         return DiscreteGaussianRelease(self.deviation, sensitivity, clients, dim)
 
-    def encode(self, x: Vector, state: Any, key: Key) -> tuple[Units, Any]:
+    def encode(self, x: Vector, state: Any, key: Key) -> tuple[Codes, Any]:
         self._accept(x)
         broken = ~x.isfinite().all(-1)
         entries = x.to(torch.float64).masked_fill(broken.unsqueeze(-1), 0.0)
         factor = self.clip / vector_norm(entries).clamp(min=self.clip)
         numbers = (entries * (factor / self.unit).unsqueeze(-1)).round().to(torch.int64)
         if self.deviation:
-            keys = grid(fold(key, "discrete_gaussian"), x.shape[-1])
+            keys = draw_keys(fold(key, "discrete_gaussian"), x.shape[-1], self.secrets)
             numbers = numbers + discrete_gaussian(keys, self.deviation)
         numbers = numbers.clamp(-self.most, self.most).masked_fill(broken.unsqueeze(-1), 0)
-        double = x.dtype == torch.float64
-        return Units(numbers, broken, self.most, self.width, double), state
+        # Codes are shifted, so that none is below 0.
+        return Codes(numbers + self.most, broken, self.width, x.dtype == torch.float64), state
 
-    def decode(self, payload: Units) -> Vector:
-        values = payload.numbers.to(torch.float64) * self.unit
+    def decode(self, payload: Codes) -> Vector:
+        values = (payload.codes - self.most).to(torch.float64) * self.unit
         values = values.masked_fill(payload.broken.unsqueeze(-1), math.nan)
         return values if payload.double else values.to(torch.float32)
 
-    def decode_sum(self, numbers: Tensor, clients: int) -> Vector:
-        """The mean of `clients` decoded vectors from the sum of their numbers [..., dim]."""
+    def decode_sum(self, codes: Tensor, clients: int) -> Vector:
+        """The mean of `clients` decoded vectors from the sum of their codes [..., dim]."""
         if clients < 1:
             raise UsageError(f"discrete_gaussian: clients={clients}; need at least 1 summand")
-        return numbers.to(torch.float64) * (self.unit / clients)
+        return (codes - clients * self.most).to(torch.float64) * (self.unit / clients)
 
-    def unpack(self, data: Buffer) -> Units:
-        dim = self._bound().dim
-        view = flat_view(data)
-        packed = packed_bytes(dim, self.width)
-        if len(view) != 1 + packed:
-            raise DecodeError(
-                f"discrete_gaussian: {len(view)} bytes; need {1 + packed} for this layout "
-                "(truncated, or bound to another)"
-            )
-        shifted = unpack_integers(bytes_at(view, 1, packed), self.width, dim, self._name)
-        numbers, flags = shifted.astype("int64") - self.most, view[0]
-        if flags > DOUBLE + BROKEN or (numbers > self.most).any():
-            raise DecodeError(
-                f"discrete_gaussian: flags {flags}, largest number {numbers.max()} of {self.most} "
-                "(corrupted bytes)"
-            )
-        if flags & BROKEN and numbers.any():
-            raise DecodeError(
-                "discrete_gaussian: numbers in a vector without any (corrupted bytes)"
-            )
-        return Units(
-            numbers=torch.from_numpy(numbers),
-            broken=torch.tensor(bool(flags & BROKEN), device="cpu"),
-            most=self.most,
-            width=self.width,
-            double=bool(flags & DOUBLE),
-        )
+    def unpack(self, data: Buffer) -> Codes:
+        dim, levels = self._bound().dim, 2 * self.most + 1
+        codes, flags = unpacked_codes(data, dim, self.width, levels, self.most, self._name)
+        return codes_of(codes, flags, self.width, torch.int64)
