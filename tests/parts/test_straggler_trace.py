@@ -19,10 +19,13 @@ from shoal.parts.coding.straggler_trace import StragglerTrace, stationary_of
 @pytest.mark.parametrize("kind", ["gilbert-elliott", "measured"])
 def test_bursts_have_the_share_and_length_that_was_asked_for(kind: str, burst: float) -> None:
     trace = StragglerTrace(kind, stationary=0.05, mean_burst=burst)  # type: ignore[arg-type]
-    share, length = stationary_of(trace.slowness(100, 3000, seed=3))
-    assert abs(share - 0.05) < 0.006
-    # Bursts of "measured" may follow each other at once, and count as one then.
-    assert abs(length - burst) < 0.12 * burst
+    slowness = trace.slowness(400, 3000, seed=3)
+    share, length = stationary_of(slowness)
+    assert abs(share - 0.05) < 0.002
+    assert abs(length - burst) < 0.03 * burst
+    # The first round is like any other.
+    many = trace.slowness(20_000, 3, seed=4)
+    assert np.allclose((many > 1).mean(0), 0.05, atol=0.006)
 
 
 def test_measured_bursts_have_a_tail_and_vary() -> None:
@@ -163,6 +166,8 @@ def test_what_makes_no_sense_is_refused() -> None:
         StragglerTrace(mean_burst=0.5)
     with pytest.raises(UsageError, match="window=2"):
         StragglerTrace("adversarial", mean_burst=2.0)
+    with pytest.raises(UsageError, match="bursts of whole rounds"):
+        StragglerTrace("adversarial", mean_burst=1.5)
     with pytest.raises(UsageError, match="base_s > 0"):
         StragglerTrace(base_s=0.0)
     assert math.isnan(stationary_of(np.ones((2, 2)))[1])

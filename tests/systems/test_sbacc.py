@@ -124,6 +124,16 @@ def test_who_is_gone_or_answers_nonsense_is_left_out() -> None:
     assert last(run, "coded_error") < 0.2
 
 
+def test_answers_that_are_complex_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CodedInference, "_lie", lambda self, peer, values, batch: values + 1j)
+    program = CodedInference(
+        module(nn.Linear(6, 4), nn.Tanh()), inputs(24, 6), CODE, liars=frozenset({7})
+    )
+    run = simulate(program, NETWORK, seed=0)
+    assert of(run, "answers") == [WORKERS - 1]
+    assert last(run, "coded_error") < 0.2
+
+
 def test_when_nobody_answers_nothing_is_claimed() -> None:
     faults = tuple(Crash(who=(worker,), at=0.0) for worker in range(2, WORKERS + 1))
     program = CodedInference(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from shoal.parts.coding.sequential_scheme import SequentialScheme
 from shoal.parts.coding.straggler_trace import StragglerTrace
 from shoal.systems.coding._sequential_invariants import INVARIANTS
 from shoal.systems.coding._sequential_work import Chunked
+from shoal.systems.coding._sequential_worker import Worker
 from shoal.systems.coding.sequential_gradient_coding import Sequential
 from shoal.systems.coding.sequential_gradient_traces import sequential_gradient_traces
 from shoal.world.record import Row, Run
@@ -74,6 +76,26 @@ def test_workers_that_crash_are_replaced_until_they_are_back() -> None:
         assert max(values(found, "gradient_error")) < 1e-10
         assert len(values(found, "job_loss")) == 8
         assert values(found, "substituted")
+
+
+def test_a_worker_whose_results_are_no_numbers_is_as_good_as_gone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    whole = Worker._gradient
+
+    async def broken(self: Worker, mini: Any) -> Any:
+        result = await whole(self, mini)
+        return result * math.nan if self.worker == 2 else result
+
+    calm = run("m", stationary=0.0)
+    monkeypatch.setattr(Worker, "_gradient", broken)
+    for name in ("uncoded", "m"):
+        found = run(name, stationary=0.0)
+        assert max(values(found, "gradient_error")) < 1e-10
+        assert values(found, "job_loss") == pytest.approx(values(calm, "job_loss"), rel=1e-8)
+        assert set(values(found, "substituted")) == {2.0}
+        # Waited for once, and then known.
+        assert sum(took > 20.0 for took in values(found, "round_s")) == 1
 
 
 def test_a_master_that_crashes_goes_on_where_it_was() -> None:

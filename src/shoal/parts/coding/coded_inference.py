@@ -189,7 +189,8 @@ class CodedInference:
         present = torch.zeros(N, dtype=torch.bool, device=inputs.device)
         for place, answer in answers.items():
             # Whoever answers in another shape, or with what is no number, has not answered.
-            if answer.shape == (samples, *outputs) and bool(answer.isfinite().all()):
+            fits = answer.shape == (samples, *outputs) and not answer.is_complex()
+            if fits and bool(answer.isfinite().all()):
                 values[place] = answer.to(values).reshape(-1)
                 present[place] = True
         came = int(present.sum())

@@ -30,8 +30,9 @@ class StragglerTrace:
     rounds slow, `mean_burst` rounds at a time. "measured": as on rented functions, most bursts last
     one round and some much longer (`mean_burst` is the mean of a law with tail k^-2.5, cut off at
     32), and how slow a worker is in a burst varies (Pareto, at least `slow`, tail index 2.5).
-    "adversarial": `most` workers at a time are slow for `mean_burst` rounds, `window` rounds after
-    the last ones began: the worst of the (B, W, lambda) model; the next ones come in turn.
+    "adversarial": `most` workers at a time are slow for `mean_burst` rounds (B, whole), the next
+    ones, in turn, `window` rounds after the last round of these: the worst of the (B, W, lambda)
+    model.
 
     noise_s, noise_shape: mean and shape of Gamma noise. slow: how many times as long a slow worker
     takes.
@@ -71,12 +72,14 @@ class StragglerTrace:
             )
         if not (self.base_s > 0 and self.slope_s >= 0 and self.noise_s >= 0):
             raise UsageError("StragglerTrace: need base_s > 0, slope_s >= 0 and noise_s >= 0")
-        fits = self.kind != "adversarial" or self.window > self.mean_burst
+        fits = self.kind != "adversarial" or (
+            self.window > self.mean_burst and self.mean_burst == int(self.mean_burst)
+        )
         if not (self.noise_shape > 0 and self.most >= 0 and fits):
             raise UsageError(
                 f"StragglerTrace: noise_shape={self.noise_shape}, most={self.most}, "
-                f"window={self.window}; need a shape above 0, 0 or more workers and a window "
-                "longer than the bursts"
+                f"window={self.window}, mean_burst={self.mean_burst}; need a shape above 0, 0 or "
+                "more workers, and for 'adversarial' bursts of whole rounds and a longer window"
             )
 
     @property
@@ -111,16 +114,26 @@ class StragglerTrace:
     def _measured(self, enter: np.ndarray, length: np.ndarray, factor: np.ndarray) -> np.ndarray:
         workers, rounds = length.shape
         lengths, chances = _burst_lengths(self.mean_burst)
-        cumulated = np.cumsum(chances)
+        # In the first round bursts are under way as in any other, and long ones rather.
+        beyond = np.array([chances[lengths >= k].sum() for k in range(1, lengths.max() + 1)])
+        whole, rest = np.cumsum(chances), np.cumsum(beyond / beyond.sum())
         out = np.ones((workers, rounds))
         left = np.zeros(workers, dtype=int)
+        late = np.zeros(workers, dtype=bool)
         pace = np.ones(workers)
         for round in range(rounds):
-            begins = (left == 0) & (enter[:, round] < self.entering)
-            drawn = lengths[np.searchsorted(cumulated, length[:, round]).clip(0, len(lengths) - 1)]
+            if round:
+                # As in the chain, a worker is fast for a round at least.
+                begins = (left == 0) & ~late & (enter[:, round] < self.entering)
+                place = np.searchsorted(whole, length[:, round]).clip(0, len(lengths) - 1)
+                drawn = lengths[place]
+            else:
+                begins = enter[:, 0] < self.stationary
+                drawn = 1 + np.searchsorted(rest, length[:, 0]).clip(0, len(rest) - 1)
             left = np.where(begins, drawn, left)
             pace = np.where(begins, self.slow * (1.0 - factor[:, round]) ** -0.4, pace)
-            out[:, round] = np.where(left > 0, pace, 1.0)
+            late = left > 0
+            out[:, round] = np.where(late, pace, 1.0)
             left = np.maximum(left - 1, 0)
         return out
 
@@ -169,8 +182,12 @@ def _burst_lengths(mean: float) -> tuple[np.ndarray, np.ndarray]:
     chances = share * tail
     chances[0] += 1.0 - share
     if mean > longest:
-        # Longer bursts than the law has: all are prolonged alike.
-        lengths = np.maximum(1, np.round(lengths * mean / longest)).astype(int)
+        # Longer bursts than the law has: all are prolonged alike, to whole rounds by chance.
+        wanted = lengths * (mean / longest)
+        lower = np.floor(wanted).astype(int)
+        over = wanted - lower
+        lengths = np.concatenate([lower, lower + 1])
+        chances = np.concatenate([chances * (1.0 - over), chances * over])
     return lengths, chances
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from shoal.base.ids import PeerId
 from shoal.kernel.peer import Peer
-from shoal.parts.coding.sequential_scheme import SequentialScheme
+from shoal.parts.coding.sequential_scheme import MiniTask, SequentialScheme
 from shoal.systems.coding._sequential_wire import Answer, Assign
 from shoal.systems.coding._sequential_work import full_gradient, full_loss
 from shoal.systems.coding._sequential_worker import gradient_of
@@ -147,6 +147,8 @@ class Master:
             worker, answer = envelope.source - 1, envelope.message
             if worker not in busy or worker in heard or not intact(answer):
                 continue
+            if self._broken(scheme.plan(round)[worker], answer.results):
+                continue
             self.gone.discard(worker)
             if answer.lacks:
                 await self._remind(scheme, round, {worker})
@@ -159,6 +161,12 @@ class Master:
         peer.discard(Answer, before=(self.life, round + 1))
         return heard
 
+    def _broken(self, tasks: tuple[MiniTask, ...], results: Tensor) -> bool:
+        """Whether there are numbers in the results that are none, which their work does not say: a
+        worker that gives such is as good as silent."""
+        known = all(bool(self.params[task.job].isfinite().all()) for task in tasks)
+        return known and not bool(results.isfinite().all())
+
     async def _remind(self, scheme: SequentialScheme, round: int, workers: set[int]) -> None:
         """Send work again, with all parameters that it needs."""
         for worker in sorted(workers):
@@ -166,12 +174,11 @@ class Master:
             await self._assign(scheme, round, worker, jobs)
 
     async def _own(self, worker: int, job: int, part: int) -> Tensor:
-        program = self.program
+        program, peer = self.program, self.peer
         mini = program.rule.task(worker, job, part)
         batch, share = program.chunked.batch(mini)
-        return await gradient_of(
-            self.peer, program, self.params[job], batch, share, program.load_of(mini)
-        )
+        await peer.sleep_until(peer.now() + program.settings.slope_s * program.load_of(mini))
+        return await gradient_of(peer, program, self.params[job], batch, share)
 
     # Learning.
 

@@ -176,13 +176,13 @@ class Bound:
         """The fraction of the data that a mini-task goes over."""
         return sum(self._fractions[chunk] for chunk in mini.chunks)
 
-    def stall_s(self, worker: int, round: int, load: float) -> float:
-        """How long a worker takes in a round beyond `slope_s * load`."""
+    def delay_s(self, worker: int, round: int, load: float) -> float:
+        """How long a worker takes in a round."""
         slowness, noise = self._delays
         place = (round - 1) % slowness.shape[1]
         settings = self.settings
         plain = settings.base_s + settings.slope_s * load + noise[worker, place]
-        return float(plain * slowness[worker, place] - settings.slope_s * load)
+        return float(plain * slowness[worker, place])
 
     @cached_property
     def _delays(self) -> tuple[np.ndarray, np.ndarray]:
