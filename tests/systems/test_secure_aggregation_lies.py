@@ -325,6 +325,42 @@ def test_who_is_sent_other_parameters_answers_nothing() -> None:
     fine(found)
 
 
+@dataclass(frozen=True, eq=False)
+class Late(SecureRounds):
+    """The vector of client 3 comes when the sum is closed."""
+
+    async def run(self, peer: Peer) -> None:
+        await super().run(_Late(peer) if peer.id == 3 else peer)  # type: ignore[arg-type]
+
+
+class _Late:
+    def __init__(self, peer: Peer) -> None:
+        self.peer = peer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.peer, name)
+
+    async def send(self, to: PeerId, message: Any) -> None:
+        if isinstance(message, wire.Masked):
+            await self.peer.sleep_until(self.peer.now() + 8.3)
+        await self.peer.send(to, message)
+
+
+@pytest.mark.parametrize("lying", [False, True])
+def test_of_a_client_that_is_late_the_key_is_opened_and_the_own_mask_is_not(lying: bool) -> None:
+    program, network = world(work_s=8.0, phase_s=2.0, lying=lying)
+    found = simulate(Late(program.method, program.masking), network, seed=3)
+    fine(found)
+    assert [set(who) for who in sources(found).values()] == [{1, 2, 4, 5, 6, 7}] * ROUNDS
+    told = {"seeds": 0, "keys": 0}
+    for row in found.series("revealed"):
+        assert row.peer != 3
+        for kind in told:
+            told[kind] += "3" in dict(row.labels)[kind].split()
+    near = sum(len(program.graph(round).neighbors(3)) for round in range(ROUNDS))
+    assert told == {"seeds": 0, "keys": near}
+
+
 # Rubbish.
 
 

@@ -4,7 +4,8 @@ All peers and the hub run one after the other in this process, on their own stat
 would send as bytes; what a message costs on its way is not in it. A fifth of the peers is gone
 after its shares were dealt, which is the dearest moment: the hub has to take off a mask for each
 pair with a peer that is still there. Sums are compared with the sum of what was masked, entry by
-entry. The least that a peer can take is the key stream of its masks.
+entry. The least that a peer can take is the key stream of its masks. Against a hub that lies, keys
+and survivors are signed; that is counted by itself.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from shoal.parts.privacy.mask_stream import PIECE_BYTES, Cipher, add_mask, add_m
 from shoal.parts.privacy.masked_hub import MaskedHub
 from shoal.parts.privacy.masked_peer import MaskedPeer
 from shoal.parts.privacy.sealed_shares import derived
+from shoal.parts.privacy.signed_round import Roster, SignedRound, bitmap, told
 from shoal.parts.transform.fixed_point import FixedPoint
 from shoal.tensor import keyed
 from shoal.wire.codec import encode
@@ -78,6 +80,7 @@ class _Bill:
     """CPU seconds of one peer by what it does, and bytes by direction."""
 
     keys_s: float = 0.0
+    signs_s: float = 0.0
     masks_s: float = 0.0
     opening_s: float = 0.0
     up: int = 0
@@ -107,11 +110,14 @@ def _sum(
     gone = set(order[: round(GONE * peers)])
     there = [peer for peer in graph.peers if peer not in gone]
     note(f"{what}: keys and shares of {peers} peers")
-    own = _agree(graph, hub, bills)
+    signed = _signed(graph, dim, bills) if assumed.lying else {}
+    own = _agree(graph, hub, bills, signed)
     note(f"{what}: {len(there)} masked vectors")
     exact, view = _collect(own, hub, bills, there, codec, dim)
     note(f"{what}: opening")
-    total, taken_off, opening_s = _open(own, hub, bills, there, codec.width)
+    if signed:
+        _vouch(graph, bills, there, signed)
+    total, taken_off, opening_s = _open(own, hub, bills, there, codec.width, not signed)
     k, t = graph.degree, graph.threshold
     corrupt, dropped = assumed.gone(peers)
     yield Row.of(f"{what}: neighbours k ({corrupt} corrupt, {dropped} gone of {peers})", k, "")
@@ -134,6 +140,9 @@ def _sum(
     least_s = (k + 1) * 4 * (dim + 1) / rate / 1e9
     masks_s = bills.of("masks_s", there)
     yield Row.of(f"{what}: a peer, keys and shares, CPU", bills.of("keys_s", there), "s")
+    if signed:
+        yield Row.of(f"{what}: fewest honest peers in a sum", assumed.needed(peers).honest, "")
+        yield Row.of(f"{what}: a peer, signatures, CPU", bills.of("signs_s", there), "s")
     yield Row.of(
         f"{what}: a peer, masks and packing, CPU", masks_s, "s",
         against=(f"key stream of {k + 1} masks", least_s), bound="<= 2",
@@ -158,22 +167,48 @@ def _sum(
         )  # fmt: skip
 
 
-def _agree(graph: MaskGraph, hub: MaskedHub, bills: _Bills) -> dict[int, MaskedPeer]:
-    own = {}
+def _signed(graph: MaskGraph, dim: int, bills: _Bills) -> dict[int, SignedRound]:
+    """Everybody's way to sign, bound to the parameters that the round began with."""
+    roster, params = Roster.of_run(0, "bench"), torch.zeros(dim, device="cpu")
+    # Identities are there before any round.
+    assert None not in [roster.key_of(peer) for peer in graph.peers]
+    signed = {}
+    for me in (*graph.peers, len(graph.peers)):
+        watch = Stopwatch()
+        signed[me] = SignedRound(roster, graph, 0, me, told(params, {}))
+        if me in graph.peers:
+            bills.peers[me].signs_s += watch.cpu_s
+        else:
+            bills.hub_s += watch.cpu_s
+    return signed
+
+
+def _agree(
+    graph: MaskGraph, hub: MaskedHub, bills: _Bills, signed: dict[int, SignedRound]
+) -> dict[int, MaskedPeer]:
+    own, entries, signatures = {}, {}, {}
     for me, bill in enumerate(bills.peers):
         watch = Stopwatch()
         secret = derived(bytes(32), f"bench {me}")
         peer = own[me] = MaskedPeer(me, graph.neighbors(me), graph.threshold, 0, secret)
         advert = peer.advert
         bill.keys_s += watch.cpu_s
-        bill.up += _size(wire.Advertise(0, b"".join(advert)))
         watch = Stopwatch()
+        signatures[me] = signed[me].sign_keys(advert) if signed else b""
+        bill.signs_s += watch.cpu_s
+        entries[me] = b"".join((*advert, signatures[me]))
+        bill.up += _size(wire.Advertise(0, entries[me]))
+        watch = Stopwatch()
+        assert not signed or signed[len(graph.peers)].keys_hold(me, advert, signatures[me])
         hub.take_advert(me, advert)
         bills.hub_s += watch.cpu_s
     for me, bill in enumerate(bills.peers):
         book = hub.book(me)
-        named = wire.together({j: b"".join(advert) for j, advert in book.items()})
-        bill.down += _size(wire.Book(0, *named))
+        bill.down += _size(wire.Book(0, *wire.together({j: entries[j] for j in book})))
+        watch = Stopwatch()
+        if signed:
+            signed[me].check_keys(book, signatures)
+        bill.signs_s += watch.cpu_s
         watch = Stopwatch()
         shares = own[me].shares(book)
         bill.keys_s += watch.cpu_s
@@ -215,13 +250,42 @@ def _collect(
     return exact, view
 
 
+def _vouch(
+    graph: MaskGraph, bills: _Bills, there: list[int], signed: dict[int, SignedRound]
+) -> None:
+    """Witnesses sign who is there; everybody checks as many of them as are needed."""
+    survivors, found = bitmap(graph.peers, there), {}
+    hub = signed[len(graph.peers)]
+    for me in there:
+        bill = bills.peers[me]
+        if me in graph.witnesses:
+            bill.down += _size(wire.Standing(0, survivors))
+            watch = Stopwatch()
+            found[me] = signed[me].vouch(survivors)
+            bill.signs_s += watch.cpu_s
+            bill.up += _size(wire.Vouched(0, found[me]))
+            watch = Stopwatch()
+            assert hub.vouches(me, survivors, found[me])
+            bills.hub_s += watch.cpu_s
+    first = sorted(found)[: graph.threshold]
+    marks, signatures = bitmap(graph.witnesses, first), b"".join(found[me] for me in first)
+    for me in there:
+        bill = bills.peers[me]
+        bill.down += _size(wire.Agreed(0, survivors, marks, signatures))
+        watch = Stopwatch()
+        agreed = signed[me].agreed(survivors, marks, signatures)
+        bill.signs_s += watch.cpu_s
+        assert len(agreed) == len(there)
+
+
 def _open(
-    own: dict[int, MaskedPeer], hub: MaskedHub, bills: _Bills, there: list[int], bits: int
-) -> tuple[Tensor, int, float]:
+    own: dict[int, MaskedPeer], hub: MaskedHub, bills: _Bills, there: list[int], bits: int,
+    asks: bool,
+) -> tuple[Tensor, int, float]:  # fmt: skip
     """The sum, how many masks were taken off it, and how long that took."""
     for me in there:
         bill, question = bills.peers[me], hub.question(me)
-        bill.down += _size(wire.Question(0, *question))
+        bill.down += _size(wire.Question(0, *question)) if asks else 0
         watch = Stopwatch()
         seeds, keys = own[me].reveal(*question)
         bill.opening_s += watch.cpu_s

@@ -67,6 +67,9 @@ class Client:
         method = program.method
         self.program, self.peer, self.method = program, peer, method
         self.hub = PeerId(program.hub)
+        if program.masking.signs:
+            # Before anything is begun: a peer without its key can take no part.
+            program.roster.identity_of(peer.id)
         self.initial = method.initial
         self.shard = method.shard(peer.id)
         self.state = method.strategy.init(method.start(peer.id))

@@ -80,7 +80,8 @@ class Assumed:
 @dataclass(frozen=True)
 class Needed:
     """degree: neighbours of each peer; threshold: shares that open a secret, one less tells
-    nothing; honest: how many honest peers there are in any sum that can be opened, at least."""
+    nothing; honest: how many honest peers there are at least in any sum that a hub that lies can
+    open, where clients go by one set of survivors."""
 
     degree: int
     threshold: int

@@ -5,7 +5,8 @@ neighbours of everybody that shared for one secret each (of those whose vector c
 of the others the key of their masks with others), and takes off what is left in the sum.
 
 Wrong shares are found: an opened secret must fit what its owner advertised. Up to
-(shares - threshold) / 2 of them are corrected, and their holders named. A peer whose shares fit
+(shares - threshold) / 2 of them are corrected, and their holders named; whether a holder lies or
+was dealt a wrong share by a peer that wants it named, nobody can tell. A peer whose shares fit
 nothing is named, and the sum of that round is lost.
 
 Bonawitz et al. 2017, figure 4; Bell et al. 2020, section 3 (doi 10.1145/3372297.3417885).
@@ -56,7 +57,8 @@ class MaskedHub:
         self.summed: set[int] = set()
         """Whose masked vectors are in the sum."""
         self.liars: set[int] = set()
-        """Holders whose shares were wrong, as far as that was found out."""
+        """Holders whose shares were wrong, as far as that was found out: they lie, or those whose
+        secrets they are shares of dealt them wrong ones."""
 
     # Keys and shares.
 
