@@ -1,14 +1,20 @@
-"""Sequential gradient coding as 8 processes whose workers stall on purpose."""
+"""Sequential gradient coding on sockets and processes whose workers stall on purpose."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 from up_processes import Upped
+
+from shoal.cli.app import app
 
 pytestmark = [pytest.mark.live, pytest.mark.slow, pytest.mark.timeout(300)]
 
+EXAMPLE = Path(__file__).parents[2] / "examples" / "stragglers.toml"
 JOBS = 24
 WORDS = (
     "sequential-gradient-coding", "--set", "task.holders=[0]", "--set", f"rounds={JOBS}",
@@ -31,3 +37,32 @@ def test_processes_that_stall_are_cancelled_and_gradients_stay_exact(tmp_path: P
     # Somebody was late, and was not waited for.
     assert any(value > 0 for _, _, value in curves["late"])
     assert "substituted" not in curves
+
+
+def told(folder: Path, engine: str) -> dict[str, dict[str, Any]]:
+    """What the example's report says of each arm."""
+    words = ["run", str(EXAMPLE), "--engine", engine, "--set", "rounds=8", "--out", str(folder)]
+    found = CliRunner().invoke(app, words)
+    assert found.exit_code == 0, found.output
+    (report,) = folder.glob("*.json")
+    return {cell["arm"]: cell for cell in json.loads(report.read_text())["cells"]}
+
+
+def test_what_is_saved_on_sockets_is_what_simulation_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SHOAL_HOME", str(tmp_path / ".shoal"))
+    found = {engine: told(tmp_path / engine, engine) for engine in ("event", "live")}
+    took = {
+        engine: {arm: cell["curves"]["finished_s"][-1][2] for arm, cell in cells.items()}
+        for engine, cells in found.items()
+    }
+    for seconds in took.values():
+        assert seconds["m-sgc"] < seconds["gradient-coding"] < seconds["uncoded"]
+    for arm, simulated_s in took["event"].items():
+        # Workers sleep for their delays, whatever else they do.
+        assert took["live"][arm] > 0.98 * simulated_s, arm
+        losses = [
+            [value for _, _, value in found[engine][arm]["curves"]["job_loss"]] for engine in took
+        ]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-8)

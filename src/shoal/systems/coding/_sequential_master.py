@@ -24,7 +24,7 @@ from shoal.systems.coding._sequential_worker import gradient_of
 from shoal.wire.checksum import intact, sealed
 
 if TYPE_CHECKING:
-    from shoal.systems.coding.sequential_gradient_coding import Bound
+    from shoal.systems.coding._sequential_bound import Bound
 
 TICK_S = 1e-6
 

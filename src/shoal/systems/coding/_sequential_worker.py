@@ -21,7 +21,7 @@ from shoal.systems.coding._sequential_work import mini_gradient
 from shoal.wire.checksum import intact, sealed
 
 if TYPE_CHECKING:
-    from shoal.systems.coding.sequential_gradient_coding import Bound
+    from shoal.systems.coding._sequential_bound import Bound
 
 MASTER = PeerId(0)
 

@@ -15,27 +15,18 @@ Krishnan et al. 2023 (ICLR, arXiv 2211.13802).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 
-import numpy as np
-import torch
-
-from shoal.base.errors import Leaving, UsageError
+from shoal.base.errors import UsageError
 from shoal.base.limits import check_positive
-from shoal.kernel.peer import Peer
 from shoal.lab.card import Arm, Budget, Claim, Source, System, at_least, at_most
 from shoal.lab.chart import Chart
-from shoal.parts.coding._rules import MiniTask, Rule
 from shoal.parts.coding.sequential_scheme import SequentialScheme
 from shoal.parts.coding.straggler_trace import StragglerTrace
 from shoal.rounds.workload import Workload
 from shoal.systems.coding import _sequential_claims as measured
 from shoal.systems.coding import _sequential_invariants as kept
-from shoal.systems.coding._sequential_master import Master
+from shoal.systems.coding._sequential_bound import Bound
 from shoal.systems.coding._sequential_work import Chunked
-from shoal.systems.coding._sequential_worker import Worker
-from shoal.tensor import keyed
-from shoal.tensor.types import Stack
 
 SCHEMES = ("uncoded", "ignoring", "replicated", "gc", "sr_sgc", "m_sgc")
 
@@ -45,14 +36,13 @@ class Sequential:
     """A scheme, the models, and how workers are delayed; see the module's text.
 
     scheme: "uncoded", "ignoring", "gc" (with `stragglers`), "replicated" (`stragglers` + 1 workers
-    do the same), "sr_sgc" or "m_sgc" (with `burst`,
-    `window` and `most`: B, W and lambda). models: trained in turn, more than the scheme's delay T;
-    lr: of their full-batch steps. mu: how much longer than the fastest worker the others may take.
-    base_s, slope_s, noise_s: a worker's time in a round is base + slope * load + noise, and `slow`
-    times that in bursts of `mean_burst` rounds that take the share `stationary` of all; kind: see
-    `StragglerTrace`. retry_s: silence after which work is sent again; patience_s: after which a
-    worker is taken to be gone, quiet_s: the master. audit: compare every gradient with the one of
-    all data in one piece.
+    do the same), "sr_sgc" or "m_sgc" (with `burst`, `window` and `most`: B, W and lambda).
+    models: trained in turn, more than the scheme's delay T; lr: of their full-batch steps. mu: how
+    much longer than the fastest worker the others may take. base_s, slope_s, noise_s: a worker's
+    time in a round is base + slope * load + noise, and `slow` times that in bursts of `mean_burst`
+    rounds that take the share `stationary` of all; kind: see `StragglerTrace`. retry_s: silence
+    after which work is sent again; patience_s: after which a worker is taken to be gone, quiet_s:
+    the master. audit: compare every gradient with the one of all data in one piece.
 
     A run of `rounds` makes that many gradients, and takes T rounds more. Arithmetic is float64.
     Assumes that workers are honest and that what they send is not changed on purpose.
@@ -145,56 +135,6 @@ class Sequential:
                 "are taken over (set task.holders=[0])"
             )
         return Bound(self, workload, scheme.rule, Chunked.of(workload.task, scheme.sizes))
-
-
-@dataclass(frozen=True, eq=False)
-class Bound:
-    """The program for a task."""
-
-    settings: Sequential
-    workload: Workload
-    rule: Rule
-    chunked: Chunked
-
-    @property
-    def jobs(self) -> int:
-        assert self.workload.rounds is not None
-        return self.workload.rounds
-
-    @cached_property
-    def initial(self) -> Stack:
-        """The models before the first job, float64 [models, dim]."""
-        task, seed = self.workload.task, self.workload.seed
-        rows = [task.init(keyed.key_of(seed, "init", m)) for m in range(self.settings.models)]
-        return torch.stack(rows).double()
-
-    @cached_property
-    def _fractions(self) -> tuple[float, ...]:
-        return self.rule.sizes
-
-    def load_of(self, mini: MiniTask) -> float:
-        """The fraction of the data that a mini-task goes over."""
-        return sum(self._fractions[chunk] for chunk in mini.chunks)
-
-    def delay_s(self, worker: int, round: int, load: float) -> float:
-        """How long a worker takes in a round."""
-        slowness, noise = self._delays
-        place = (round - 1) % slowness.shape[1]
-        settings = self.settings
-        plain = settings.base_s + settings.slope_s * load + noise[worker, place]
-        return float(plain * slowness[worker, place])
-
-    @cached_property
-    def _delays(self) -> tuple[np.ndarray, np.ndarray]:
-        rounds = self.jobs + self.rule.delay
-        trace, workers, seed = self.settings.trace, self.rule.workers, self.workload.seed
-        return trace.slowness(workers, rounds, seed), trace.noise(workers, rounds, seed)
-
-    async def run(self, peer: Peer) -> None:
-        try:
-            await (Worker(self, peer) if peer.id else Master(self, peer)).live()
-        except Leaving:
-            return
 
 
 INVARIANTS = kept.INVARIANTS
