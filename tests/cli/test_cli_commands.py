@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,9 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
 from shoal.cli.app import app
+from shoal.cli.console import explain, table
 from shoal.lab import plot
+from shoal.lab.discover import cards
 from shoal.lab.report import Report
 
 pytestmark = pytest.mark.usefixtures("catalogue")
@@ -178,6 +182,7 @@ def test_data_says_what_is_there() -> None:
         (["run", "alpha", "--set", "rounds"], "need key=value"),
         (["run", "alpha", "--set", "ruonds=3"], "did you mean 'rounds'"),
         (["run", "alpha", "--grid", "rate=1,1"], "need different values"),
+        (["run", "alpha", "--grid", "rate"], "--grid 'rate'; need key=value (such as --grid"),
         (["run", "gone.toml"], "gone.toml: cannot be read"),
         (["run", "alpha", "--jobs", "0"], "--jobs"),
         (["replay", "gone.json"], "cannot be read"),
@@ -192,15 +197,92 @@ def test_misuse_exits_with_two_and_says_how_to_do_better(
 
 
 def test_errors_of_the_program_itself_are_one_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*args: Any, **settings: Any) -> None:
-        raise ZeroDivisionError("by zero")
-
-    monkeypatch.setattr("shoal.lab.launch.launch", broken)
+    monkeypatch.setattr("shoal.lab.launch.launch", 3)
     found = shoal("run", "alpha", code=1)
-    assert found.stderr.startswith("internal error: ZeroDivisionError: by zero\n")
-    assert "SHOAL_DEBUG=1" in found.stderr
+    assert found.stderr.startswith(
+        "internal error: TypeError: 'int' object is not callable (shoal/"
+    )
+    assert "please report it" in found.stderr
     monkeypatch.setenv("SHOAL_DEBUG", "1")
-    assert isinstance(CliRunner().invoke(app, ["run", "alpha"]).exception, ZeroDivisionError)
+    assert isinstance(CliRunner().invoke(app, ["run", "alpha"]).exception, TypeError)
+
+
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_errors_in_a_system_of_ones_own_say_the_line(catalogue: Path, jobs: str) -> None:
+    file = catalogue / "fakes" / "alpha.py"
+    last = "    layers: tuple[int, ...] = (8,)\n"
+    wrong = f"{last}\n    def __post_init__(self):\n        self.missing()\n"
+    file.write_text(file.read_text().replace(last, wrong))
+    found = shoal("run", "alpha", "--seeds", "2", "--jobs", jobs, code=1)
+    assert found.stderr.startswith("error: AttributeError: 'Method' object has no attribute")
+    assert f"({file}:" in found.stderr
+    assert "in __post_init__)" in found.stderr
+    assert "report it" not in found.stderr
+
+
+def test_a_place_that_cannot_be_written_to_is_refused_before_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "taken").write_text("")
+
+    def never(*args: Any, **settings: Any) -> None:
+        raise AssertionError("it ran")
+
+    path = lines(shoal("run", "alpha", "--json"))[-1]["report"]
+    found = shoal("export", path, "--out", "taken/model.safetensors", code=2)
+    assert found.stderr.startswith("error: taken/model.safetensors: cannot be written: ")
+    monkeypatch.setattr("shoal.lab.launch.launch", never)
+    for words in (["run", "alpha"], ["compare", "beta-x"], ["reproduce", "alpha"]):
+        found = shoal(*words, "--fresh", "--out", "taken", code=2)
+        assert "reports cannot be written to taken: File exists" in found.stderr
+        assert "--out" in found.stderr
+    monkeypatch.setenv("SHOAL_HOME", str(tmp_path / "taken" / "deep"))
+    found = shoal("run", "alpha", code=2)
+    assert "no folder for runs can be here" in found.stderr
+    assert "SHOAL_HOME" in found.stderr
+
+
+def test_what_is_no_fault_of_the_program_comes_with_a_repair(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for error, text in (
+        (PermissionError(errno.EACCES, "Permission denied", "/a/b"), "error: /a/b: Permission de"),
+        (OSError(errno.ENOSPC, "No space left on device"), "error: No space left on device (make"),
+        (ModuleNotFoundError("no", name="torch.nn"), "error: the package torch is not installed"),
+    ):
+        assert explain(error) == 2
+        assert capsys.readouterr().err.startswith(text)
+    assert explain(ModuleNotFoundError("no", name="shoal.gone")) == 1
+    assert capsys.readouterr().err.startswith("internal error: ModuleNotFoundError")
+
+
+def test_only_what_is_stored_is_said_to_be_stored(monkeypatch: pytest.MonkeyPatch) -> None:
+    path = lines(shoal("run", "alpha", "--json"))[-1]["report"]
+
+    def stop(*args: Any, **settings: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("shoal.lab.launch.launch", stop)
+    assert "the same command goes on" in shoal("run", "alpha", "--fresh", code=130).stderr
+    assert shoal("replay", path, code=130).stderr == "\nstopped\n"
+
+
+def test_a_wide_table_continues_below_itself(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    heads, rows = ("arm", "accuracy", "bytes"), [("one", "0.5", "3"), ("two", "0.25", "1,024")]
+    table(heads, rows, right=True)
+    assert "arm  accuracy  bytes\n" in capsys.readouterr().out
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "16")
+    monkeypatch.setenv("NO_COLOR", "1")
+    table(heads, rows, right=True)
+    assert capsys.readouterr().out == (
+        "arm  accuracy\none       0.5\ntwo      0.25\n\narm  bytes\none      3\ntwo  1,024\n"
+    )
+    # Rows whose first cell is empty cannot be told apart below: the last column is cut.
+    table(("family", "name"), [("a", "long name of it"), ("", "another")])
+    assert capsys.readouterr().out == "family  name\na       long na…\n        another\n"
 
 
 def test_every_command_has_help_with_examples() -> None:
@@ -209,3 +291,6 @@ def test_every_command_has_help_with_examples() -> None:
         assert f"  {name} " in listing
         text = shoal(name, "--help").stdout
         assert f"\n  Examples:\n    shoal {name}" in text
+    named = re.findall(r"--family (\w+)", shoal("list", "--help").stdout)
+    assert named
+    assert {each.family for each in cards()}.issuperset(named)

@@ -45,11 +45,13 @@ def test_errors_and_closed_pipes(catalogue: Path) -> None:
     assert broken.returncode == 2
     assert "broken.py:1: SYSTEM must be a literal System(...)" in broken.stderr
     (catalogue / "fakes" / "broken.py").unlink()
-    reader, writer = os.pipe()
-    os.close(reader)
-    closed = subprocess.run(
-        [sys.executable, "-m", "shoal", "show", "alpha"],
-        stdout=writer, stderr=subprocess.PIPE, text=True, check=False,
-    )  # fmt: skip
-    os.close(writer)
-    assert (closed.returncode, closed.stderr) == (0, "")
+    # `list` goes without the option parser, and ends the same.
+    for words in (["show", "alpha"], ["list"], ["list", "--json"], ["list", "--family", "fakes"]):
+        reader, writer = os.pipe()
+        os.close(reader)
+        closed = subprocess.run(
+            [sys.executable, "-m", "shoal", *words],
+            stdout=writer, stderr=subprocess.PIPE, text=True, check=False,
+        )  # fmt: skip
+        os.close(writer)
+        assert (closed.returncode, closed.stderr) == (0, "")

@@ -13,6 +13,8 @@ from typer.core import TyperGroup
 
 from shoal.cli.console import explain
 
+# After Ctrl-C the same command goes on from what these have stored.
+_STORING = ("run", "compare", "leaderboard", "reproduce")
 _NO_COMMANDS = ("main", "app", "options", "console", "listing", "progress")
 
 
@@ -28,7 +30,7 @@ class Group(TyperGroup):
             # Typer's own errors (wrong options) know how to show themselves.
             if os.environ.get("SHOAL_DEBUG") or hasattr(error, "show"):
                 raise
-            raise typer.Exit(explain(error)) from None
+            raise typer.Exit(explain(error, stored=ctx.invoked_subcommand in _STORING)) from None
 
 
 app = typer.Typer(

@@ -100,7 +100,7 @@ def command(
       shoal compare --aggregators mean,median --byzantine 0.1,0.3 --breakdown --grid lr=0.05,0.1
     """
     from shoal.base.errors import UsageError
-    from shoal.cli.console import run_and_save, show_report, show_report_json
+    from shoal.cli.console import report_folder, run_and_save, show_report, show_report_json
     from shoal.lab import discover
     from shoal.lab.experiment import Experiment
     from shoal.lab.robustness import BELOW, HOSTS
@@ -137,7 +137,7 @@ def command(
 
     from shoal.cli.progress import of_ticks, progress
     from shoal.lab.robustness import ATTACKS, RULES, SHARES, make_matrix, parts_named
-    from shoal.lab.store import Store, default_folder
+    from shoal.lab.store import Store
 
     rules = aggregators.split(",") if aggregators is not None else RULES
     lies = attacks.split(",") if attacks is not None else ATTACKS
@@ -145,12 +145,13 @@ def command(
         parts_named(rules, "aggregator", "--aggregators"), parts_named(lies, "attack", "--attacks")
     )  # fmt: skip
     with Store() as store, progress("runs", quiet=quiet, json=json) as tell:
+        folder = report_folder(out)
         matrix = make_matrix(
             experiment, *parts, SHARES if byzantine is None else _shares(byzantine), told=told,
             below=(BELOW if below is None else below) if breakdown else None, store=store,
             jobs=jobs, progress=of_ticks(tell), fresh=fresh,
         )  # fmt: skip
-    path = matrix.save(out or default_folder() / "reports")
+    path = matrix.save(folder)
     _show(matrix, str(path), json)
     raise typer.Exit(matrix.exit_code)
 

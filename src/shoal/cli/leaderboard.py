@@ -42,18 +42,19 @@ def command(
     import os
     import sys
 
-    from shoal.cli.console import say
+    from shoal.cli.console import report_folder, say
     from shoal.cli.progress import of_ticks, progress
     from shoal.lab.leaderboard import METHODS, WORLDS, make_board
-    from shoal.lab.store import Store, default_folder
+    from shoal.lab.store import Store
 
     with Store() as store, progress("runs", quiet=quiet, json=json) as tell:
+        folder = report_folder(out)
         board = make_board(
             names or METHODS, world or tuple(WORLDS), seeds=seeds,
             changes=overrides(settings, None, None), tuned=tune, store=store,
             jobs=jobs or os.cpu_count() or 1, progress=of_ticks(tell),
         )  # fmt: skip
-    path = board.save(out or default_folder() / "reports")
+    path = board.save(folder)
     if json:
         sys.stdout.write(board.to_json() + "\n")
     else:

@@ -20,7 +20,7 @@ def command(
 
     Examples:
       shoal list
-      shoal list --family robustness
+      shoal list --family robust
       shoal list --json | jq -r .name
     """
     from shoal.cli.listing import print_list

@@ -41,6 +41,8 @@ def _list(json: bool) -> int:
 
     try:
         print_list(None, json)
+    except BrokenPipeError:
+        raise
     except (Exception, KeyboardInterrupt) as error:
         if os.environ.get("SHOAL_DEBUG"):
             raise

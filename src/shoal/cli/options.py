@@ -83,7 +83,7 @@ def grid(pairs: list[str] | None) -> Mapping[str, tuple[str, ...]]:
     from shoal.lab.scenario import parse_settings
 
     out = {}
-    for key, text in parse_settings(pairs or []).items():
+    for key, text in parse_settings(pairs or [], "--grid", "lr=0.01,0.1").items():
         values = tuple(value.strip() for value in text.split(",") if value.strip())
         if not values or len(set(values)) != len(values):
             raise UsageError(f"--grid {key}={text}; need different values, separated by commas")
@@ -96,7 +96,7 @@ def engine_name(engine: str | None) -> str:
     from shoal.base.errors import UsageError
     from shoal.lab.values import near
 
-    known = ("auto", "event", "lockstep", "live")
+    known = ("auto", "event", "lockstep", "live", "processes")
     if engine is not None and engine not in known:
         raise UsageError(f"--engine {engine}; {near(engine, known)}")
     return engine or "auto"

@@ -26,13 +26,13 @@ def command(
       shoal replay .shoal/reports/modest-small.json
       shoal replay .shoal/reports/modest-small.html --arm modest --seed 3
     """
-    from shoal.cli.console import json_line
+    from shoal.cli.console import json_line, say
     from shoal.lab.replay import code_changed, replay
     from shoal.lab.report import Report
 
     loaded = Report.load(report)
     if code_changed(loaded) and not json:
-        typer.secho("note: the code has changed since this report", fg="yellow", err=True)
+        say("note: the code has changed since this report", "yellow", error=True)
     same = True
     for found in replay(loaded, arm=arm, seed=seed):
         same &= found.same

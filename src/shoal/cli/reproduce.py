@@ -49,7 +49,7 @@ def command(
     """
     from shoal.base.errors import UsageError
     from shoal.base.stopwatch import Stopwatch
-    from shoal.cli.console import json_line, run_and_save, show_report
+    from shoal.cli.console import json_line, run_and_save, say, show_report
     from shoal.lab import discover
     from shoal.lab.experiment import Experiment
     from shoal.lab.values import near
@@ -88,6 +88,8 @@ def command(
             )
         else:
             show_report(report, path)
+            if not report.verdicts:
+                say(f"{name} has no claims of its own: nothing is judged", error=True)
     raise typer.Exit(code)
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from shoal.cli.console import say
 from shoal.cli.options import Json, system_names
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def command(
     if cite:
         if card.source is None:
             raise UsageError(f"{name} is a baseline without a publication of its own")
-        typer.echo(card.source.bibtex(name))
+        say(card.source.bibtex(name))
     elif json:
         _print_json(card)
     else:
@@ -58,13 +59,13 @@ def _print_json(card: CardText) -> None:
 
 
 def _print(card: CardText) -> None:
-    typer.secho(f"{card.name}: {card.title}", bold=True)
-    typer.echo(f"{card.kind} of the family {card.family}")
+    say(f"{card.name}: {card.title}", "bold")
+    say(f"{card.kind} of the family {card.family}")
     if card.source is not None:
         where = f" (arXiv {card.source.arxiv})" if card.source.arxiv else ""
-        typer.echo(f"{card.source.authors}: {card.source.title}{where}")
+        say(f"{card.source.authors}: {card.source.title}{where}")
     if card.doc:
-        typer.echo(f"\n{card.doc}")
+        say(f"\n{card.doc}")
     _block("settings", [f"{key} = {value}" for key, value in card.settings])
     _block("scenario", [card.scenario] if card.scenario else [])
     _block("arms", list(card.arms))
@@ -74,12 +75,13 @@ def _print(card: CardText) -> None:
         claims.append(f"{claim.name}: {claim.statement}; {claim.compare} {claim.bound}{expected}")
     _block("claims", claims)
     _block("deviations", list(card.deviations))
-    typer.echo(f"\nfile: {card.file}")
+    say(f"\nfile: {card.file}")
 
 
 def _block(head: str, lines: list[str]) -> None:
     if not lines:
         return
-    typer.secho(f"\n{head}", bold=True)
+    say()
+    say(head, "bold")
     for line in lines:
-        typer.echo(textwrap.fill(line, 96, initial_indent="  ", subsequent_indent="      "))
+        say(textwrap.fill(line, 96, initial_indent="  ", subsequent_indent="      "))

@@ -81,7 +81,7 @@ def command(
     """
     from shoal.base.errors import UsageError
     from shoal.cli._up_screen import shown
-    from shoal.cli.console import say
+    from shoal.cli.console import report_folder, say
     from shoal.cli.peer import address, experiment_of_run, names_in
     from shoal.engine.live.fleet import FleetSettings
     from shoal.lab.joined import chosen
@@ -95,6 +95,7 @@ def command(
     experiment = experiment_of_run(what, seed, peers or count, device, settings)
     cell = chosen(experiment, arm)
     with Store() as store:
+        reports = report_folder(out)
         up = Up(
             cell, count, _folder(default_folder() / "up", cell), listen=address(listen, "--listen"),
             allow=None if allow is None else names_in(allow), wait_for=wait,
@@ -105,7 +106,7 @@ def command(
         with shown(up, quiet=quiet, json=json) as screen, _signals(stop, hurry, screen):
             upped = up.run(screen.tell, stop, hurry)
             report = report_of(experiment, cell, upped, store, up.folder.name)
-            path = report.save(out or default_folder() / "reports", f"{report.slug()}-up")
+            path = report.save(reports, f"{report.slug()}-up")
     if stop.is_set() and not json:
         say("stopped; the report tells how far it came", "yellow", error=True)
     (_show_json if json else _show)(up, upped, report, path)

@@ -33,7 +33,7 @@ class ClaimText:
 
 @dataclass(frozen=True)
 class CardText:
-    """The literal part of a card. settings: (name, default) of the class that the system makes."""
+    """The literal part of a card. settings: (name, default) of what the system makes."""
 
     name: str
     family: str
@@ -190,10 +190,25 @@ def _formula(node: ast.expr | None, forms: dict[str, str]) -> str:
 
 
 def _settings(tree: ast.Module, make: ast.expr | None) -> tuple[tuple[str, str], ...]:
-    """Fields of the dataclass that `make` names, if this module defines it; inherited ones last."""
+    """What can be set: fields of the dataclass or arguments of the function that `make` names.
+
+    Empty if this module defines neither; inherited fields come last.
+    """
     if not isinstance(make, ast.Name):
         return ()
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef) and node.name == make.id:
+            return tuple(_defaults(node.args).items())
     return tuple(_fields(tree, make.id).items())
+
+
+def _defaults(arguments: ast.arguments) -> dict[str, str]:
+    """Name -> default of a function's arguments."""
+    plain = [*arguments.posonlyargs, *arguments.args]
+    given = [None] * (len(plain) - len(arguments.defaults)) + list(arguments.defaults)
+    pairs = [*zip(plain, given, strict=True)]
+    pairs += zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)
+    return {arg.arg: "required" if value is None else ast.unparse(value) for arg, value in pairs}
 
 
 def _fields(tree: ast.Module, name: str) -> dict[str, str]:

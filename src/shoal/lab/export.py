@@ -53,6 +53,7 @@ def load_model(cell: CellResult, peer: int | str = "mean") -> dict[str, Tensor]:
 
 def export(cell: CellResult, out: str | Path, peer: int | str = "mean") -> Path:
     """Write `load_model` as a safetensors file; the metadata say which run it came from."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     tensors = load_model(cell, peer)
@@ -61,9 +62,11 @@ def export(cell: CellResult, out: str | Path, peer: int | str = "mean") -> Path:
         "state_digest": cell.state_digest,
     }  # fmt: skip
     path = Path(out)
-    if path.parent != Path():
+    try:
         path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, path, metadata)
+        save_file(tensors, path, metadata)
+    except (OSError, SafetensorError) as error:
+        raise UsageError(f"{path}: cannot be written: {error} (name another file)") from None
     return path
 
 

@@ -327,13 +327,15 @@ def _nat_problem(nats: dict[str, Any], peers: int) -> tuple[Path, Any, str, str]
     return None
 
 
-def parse_settings(pairs: tuple[str, ...] | list[str]) -> dict[str, str]:
+def parse_settings(
+    pairs: tuple[str, ...] | list[str], option: str = "--set", example: str = "task.alpha=0.1"
+) -> dict[str, str]:
     """`["task.alpha=0.1"]` as a mapping of texts; each needs a key, an `=` and a value."""
     out: dict[str, str] = {}
     for pair in pairs:
         key, equals, text = pair.partition("=")
         if not equals or not key.strip():
-            raise UsageError(f"--set {pair!r}; need key=value (such as --set task.alpha=0.1)")
+            raise UsageError(f"{option} {pair!r}; need key=value (such as {option} {example})")
         out[key.strip()] = text
     return out
 

@@ -44,8 +44,14 @@ class Store:
 
     def __init__(self, folder: str | Path | None = None) -> None:
         self.folder = Path(folder) if folder is not None else default_folder()
-        self.folder.mkdir(parents=True, exist_ok=True)
         self.path = self.folder / "runs.sqlite"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(
+                f"{self.folder}: no folder for runs can be here: {error.strerror} "
+                "(set SHOAL_HOME to one that you may write to)"
+            ) from None
         try:
             self._db = sqlite3.connect(self.path, timeout=60)
             found = self._db.execute("PRAGMA user_version").fetchone()[0]
