@@ -92,6 +92,7 @@ def test_a_server_and_a_graph_unless_somebody_says_otherwise() -> None:
     [
         (["fedavg", "--aggregators", "krumm"], "--aggregators krumm: no such aggregator; did you"),
         (["fedavg", "--attacks", "alei"], "--attacks alei: no such attack; did you mean 'alie'"),
+        (["fedavg", "--aggregators", "median,"], "--aggregators: a name is empty"),
         (["fedavg", "--byzantine", "1"], "--byzantine 1; need shares from 0 to below 1"),
         (["fedavg", "--byzantine", "some"], "--byzantine some; need shares, such as 0.1,0.2"),
         (["fedavg", "--told", "3"], "belong to a matrix"),

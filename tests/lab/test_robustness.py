@@ -355,6 +355,15 @@ def test_heat_maps_are_drawn_one_for_each_share_and_the_worst_case(pictures: Non
     assert ">80.0<" in html or ">80<" in html
 
 
+def test_a_heat_map_of_many_attacks_has_a_row_of_its_own(
+    pictures: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = matrix("median,krum", shares=(0.25, 0.5))
+    assert '<figure class="wide">' not in found.to_html()
+    monkeypatch.setattr("shoal.lab.robustness.page.BESIDE", 0)
+    assert found.to_html().count('<figure class="wide">') == 2
+
+
 @pytest.fixture
 def pictures() -> None:
     """Pictures are drawn in this test."""
@@ -438,3 +447,5 @@ def test_a_task_without_accuracy_is_told() -> None:
 def test_parts_with_settings_are_read_as_their_types() -> None:
     (part,) = parts_named(["alie:z=1.5:factor=search"], "attack", "--attacks")
     assert part == Part("alie", {"z": 1.5, "factor": "search"})
+    (part,) = parts_named(["sybils:samples=9:gossip=false"], "attack", "--attacks")
+    assert part == Part("sybils", {"samples": 9, "gossip": "false"})

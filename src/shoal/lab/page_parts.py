@@ -47,9 +47,10 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "") -
     )
 
 
-def figure(picture: str, caption: str = "") -> str:
-    """A picture with a caption; nothing when there is no picture."""
+def figure(picture: str, caption: str = "", *, wide: bool = False) -> str:
+    """A picture with a caption; nothing when there is no picture. wide: alone in its row."""
     if not picture:
         return ""
     text = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
-    return f"<figure>{picture}{text}</figure>"
+    kind = ' class="wide"' if wide else ""
+    return f"<figure{kind}>{picture}{text}</figure>"

@@ -53,6 +53,7 @@ tr:last-child td { border-bottom:0; }
   background:var(--c); }
 .legend { display:flex; flex-wrap:wrap; gap:4px 18px; margin:0 0 6px; font-size:14px; }
 figure { margin:10px 0 0; }
+.wide { grid-column:1 / -1; }
 figure svg { width:100%; height:auto; display:block; }
 figcaption { color:var(--muted); font-size:13px; text-align:center; margin-top:4px; }
 .pair { display:grid; gap:8px 28px;

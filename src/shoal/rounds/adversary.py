@@ -1,8 +1,8 @@
 """Byzantine peers of one run and what they know together.
 
 With `Knowledge.OWN` an attacker works from its own vector, on any engine. With `Knowledge.ALL` it
-acts once the round's last honest vector exists; that is possible in simulation only, where this
-object is shared by the programs of one run.
+acts once the round's last honest vector exists; that is possible within one process only, where
+this object is shared by the programs of one run.
 """
 
 from __future__ import annotations

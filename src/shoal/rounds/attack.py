@@ -19,7 +19,7 @@ class Knowledge(Enum):
     OWN = "own"
     """its own honest vector; runs on every engine"""
     ALL = "all"
-    """every honest vector of the round; simulation only"""
+    """every honest vector of the round; within one process only"""
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import typing
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,7 +18,7 @@ from shoal.lab.robustness.matrix import Entry
 from shoal.lab.rows import curve
 from shoal.lab.scenario import ROLES, Part
 from shoal.lab.store import Store
-from shoal.lab.values import literal, near
+from shoal.lab.values import Unfit, from_text, literal, near
 
 METRIC = "accuracy"
 
@@ -30,12 +31,14 @@ def parts_named(texts: Iterable[str], field: str, option: str) -> tuple[Part, ..
     >>> [part.describe() for part in parts_named(["krum", "nnm:then=median"], "aggregator", "")]
     ['krum', 'nnm(then=median)']
     """
-    from shoal.parts import names
+    from shoal.parts import find, names
 
     known = names(ROLES[field])
     found: list[Part] = []
     for text in texts:
         name, *pairs = (piece.strip() for piece in text.split(":"))
+        if not name:
+            raise UsageError(f"{option}: a name is empty (is there a comma too many?)")
         if name not in known:
             raise UsageError(f"{option} {name}: no such {field}; {near(name, known)}")
         settings = {}
@@ -46,7 +49,7 @@ def parts_named(texts: Iterable[str], field: str, option: str) -> tuple[Part, ..
                     f"{option} {text}; need name:key=value (such as nnm:then=krum, "
                     "or alie:factor=search)"
                 )
-            settings[key.strip()] = literal(value)
+            settings[key.strip()] = _setting(find(ROLES[field], name), key.strip(), value)
         part = Part(name, settings)
         check_part(field, part)
         if field == "aggregator":
@@ -57,6 +60,15 @@ def parts_named(texts: Iterable[str], field: str, option: str) -> tuple[Part, ..
     if not found or len(set(found)) != len(found):
         raise UsageError(f"{option}: need at least one {field}, and each once")
     return tuple(found)
+
+
+def _setting(kind: type, key: str, text: str) -> Any:
+    """As the setting's own type, if the text is one: `false` may be a word."""
+    hint = typing.get_type_hints(kind).get(key)
+    try:
+        return literal(text) if hint is None else from_text(text, hint)
+    except Unfit:
+        return literal(text)
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
     from shoal.lab.robustness.matrix import Matrix
 
+BESIDE = 8
+"""Columns up to which a heat map can be read beside another one."""
+
 Field = tuple[float, str]
 """A share of 0 to 1, nan for none, and what is written there."""
 
@@ -67,7 +70,7 @@ def _maps(matrix: Matrix, world: str) -> str:
             fields.append([(entry.value, entry.text) for entry in entries])
         title = f"{world}: {lying(matrix, world, share)} of the peers lie"
         drawn = heat_map(title, matrix.rules, matrix.attacks, fields, "attack")
-        figures.append(figure(drawn, title))
+        figures.append(figure(drawn, title, wide=len(matrix.attacks) > BESIDE))
     note = "Accuracy in percent; the darker the better."
     return section(f"{world}: heat maps", f'<div class="pair">{"".join(figures)}</div>', note=note)
 
