@@ -17,83 +17,75 @@ from shoal.wire.message import Packed, message
 KEY_BYTES = 32
 
 
-@message(tag=("round",))
+@message(tag=("round",), checked=True)
 class Begin:
     """The hub's parameters, and what its strategy gives beside them; none at the end."""
 
     round: int
     params: Tensor
     extra: dict[str, Tensor]
-    check: int = 0
 
 
-@message(tag=("round",))
+@message(tag=("round",), checked=True)
 class Advertise:
     """A client's two public keys and the commitment to its own mask, signed where rounds are."""
 
     round: int
     keys: bytes
-    check: int = 0
 
 
-@message(tag=("round",))
+@message(tag=("round",), checked=True)
 class Book:
     """What a client's neighbours advertised, in their order."""
 
     round: int
     peers: tuple[int, ...]
     keys: bytes
-    check: int = 0
 
 
-@message(tag=("round",))
+@message(tag=("round",), checked=True)
 class Deal:
     """Sealed shares for each of the peers."""
 
     round: int
     peers: tuple[int, ...]
     sealed: bytes
-    check: int = 0
 
 
-@message(tag=("round",))
+@message(tag=("round",), checked=True)
 class Dealt:
     """Sealed shares from each of the peers."""
 
     round: int
     peers: tuple[int, ...]
     sealed: bytes
-    check: int = 0
 
 
-@message(tag=("round",))
+@message(tag=("round",), checked=True)
 class Masked:
     """A client's vector, weight and all, under its masks."""
 
     round: int
     codes: Packed
-    check: int = 0
 
 
-@message(tag=("round",))
+@message(tag=("round",), checked=True)
 class Standing:
     """To the witnesses: whose vectors came, a bit for each client of the round."""
 
     round: int
     survivors: bytes
-    check: int = 0
 
 
-@message(tag=("round",))
+@message(tag=("round",), checked=True)
 class Vouched:
     """A witness's signature of them."""
 
     round: int
     signature: bytes
-    check: int = 0
 
 
-@message(tag=("round",))
+@message(tag=("round",), checked=True)
 class Agreed:
     """A `Question` to all clients at once: the survivors, and which witnesses signed them."""
 
@@ -101,20 +93,18 @@ class Agreed:
     survivors: bytes
     witnesses: bytes
     signatures: bytes
-    check: int = 0
 
 
-@message(tag=("round",))
+@message(tag=("round",), checked=True)
 class Question:
     """Whose vectors came, and whose did not, among a client's neighbours that shared."""
 
     round: int
     survivors: tuple[int, ...]
     dropped: tuple[int, ...]
-    check: int = 0
 
 
-@message(tag=("round",))
+@message(tag=("round",), checked=True)
 class Reveal:
     """Shares of the own masks of some, and of the keys of others, one after the other."""
 
@@ -122,7 +112,6 @@ class Reveal:
     seeds: tuple[int, ...]
     keys: tuple[int, ...]
     shares: bytes
-    check: int = 0
 
 
 class Row:

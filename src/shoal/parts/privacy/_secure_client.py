@@ -19,7 +19,6 @@ from shoal.parts.privacy.signed_round import SignedRound
 from shoal.rounds import method as phases
 from shoal.tensor import keyed
 from shoal.tensor.types import Key
-from shoal.wire.checksum import intact, sealed
 from shoal.wire.message import Packed
 
 if TYPE_CHECKING:
@@ -92,7 +91,7 @@ class Client:
                 if envelope is None:
                     break
                 told = envelope.message
-                if not intact(told) or told.round <= self.joined:
+                if told.round <= self.joined:
                     continue
                 over = told.round >= rounds
                 if not over and not self._fits(told):
@@ -141,7 +140,7 @@ class Client:
                 cost=program.mask_cost(len(masks)), batch="never",
             )  # fmt: skip
             row = wire.Row(masked, program.bits)
-            await peer.send(self.hub, sealed(wire.Masked(round, Packed(row))))
+            await peer.send(self.hub, wire.Masked(round, Packed(row)))
             if signed is None or not program.masking.agrees:
                 await self._open(own, round)
                 return
@@ -155,7 +154,7 @@ class Client:
         """Keys, then shares: the masks; None when the hub is silent."""
         peer, hub = self.peer, self.hub
         signature = b"" if signed is None else signed.sign_keys(own.advert)
-        await peer.send(hub, sealed(wire.Advertise(round, b"".join((*own.advert, signature)))))
+        await peer.send(hub, wire.Advertise(round, b"".join((*own.advert, signature))))
         book = await self._hear(wire.Book, round)
         if book is None:
             return None
@@ -166,7 +165,7 @@ class Client:
         if signed is not None:
             signed.check_keys(adverts, {j: signature for j, (_, signature) in found.items()})
         shares = own.shares(adverts)
-        await peer.send(hub, sealed(wire.Deal(round, *wire.together(shares))))
+        await peer.send(hub, wire.Deal(round, *wire.together(shares)))
         dealt = await self._hear(wire.Dealt, round)
         if dealt is None:
             return None
@@ -219,7 +218,7 @@ class Client:
             except PeerError as error:
                 self._refused(signed.round, error)
                 continue
-            await self.peer.send(self.hub, sealed(wire.Vouched(signed.round, signature)))
+            await self.peer.send(self.hub, wire.Vouched(signed.round, signature))
 
     async def _reveal(
         self, own: MaskedPeer, survivors: Sequence[int], dropped: Sequence[int]
@@ -235,7 +234,7 @@ class Client:
         )
         named, opened = wire.together(seeds)
         others, more = wire.together(keys)
-        await peer.send(self.hub, sealed(wire.Reveal(own.round, named, others, opened + more)))
+        await peer.send(self.hub, wire.Reveal(own.round, named, others, opened + more))
 
     def _refused(self, round: int, error: PeerError) -> None:
         self.peer.record("refused", round, why=str(error))
@@ -243,9 +242,5 @@ class Client:
     async def _hear(self, kind: type[M], round: int) -> M | None:
         """The hub's next word of a kind; None when it does not come."""
         deadline = self.peer.now() + self.program.masking.round_s
-        while True:
-            envelope = await self.peer.recv(kind, tag=(round,), source=self.hub, deadline=deadline)
-            if envelope is None:
-                return None
-            if intact(envelope.message):
-                return envelope.message
+        envelope = await self.peer.recv(kind, tag=(round,), source=self.hub, deadline=deadline)
+        return None if envelope is None else envelope.message

@@ -22,7 +22,6 @@ from shoal.rounds.method import Method
 from shoal.rounds.strategy import Heard
 from shoal.rounds.task import Shard
 from shoal.tensor.types import Key, Vector
-from shoal.wire.checksum import intact, sealed
 
 if TYPE_CHECKING:
     from shoal.parts.privacy.secure_rounds import SecureRounds
@@ -72,7 +71,7 @@ class Hub:
         await peer.store.commit(
             {**phases.freeze((self.state,)), "round": method.rounds.to_bytes(8, "little")}
         )
-        end = sealed(wire.Begin(method.rounds, self.params[:0], {}))
+        end = wire.Begin(method.rounds, self.params[:0], {})
         for client in range(method.peers):
             if client != peer.id:
                 await peer.send(PeerId(client), end)
@@ -81,7 +80,7 @@ class Hub:
         peer, program, method = self.peer, self.program, self.method
         graph = program.graph(round)
         given = phases.down(self.state, method)
-        begin = sealed(wire.Begin(round, self.params, given))
+        begin = wire.Begin(round, self.params, given)
         for client in graph.peers:
             await peer.send(PeerId(client), begin)
         sum_of = MaskedHub(graph, round, program.entries, program.bits)
@@ -132,7 +131,7 @@ class Hub:
                 entries[client] = told.keys
         for client in sorted(sum_of.adverts):
             near = {j: entries[j] for j in sum_of.book(client)}
-            await peer.send(PeerId(client), sealed(wire.Book(round, *wire.together(near))))
+            await peer.send(PeerId(client), wire.Book(round, *wire.together(near)))
         heard = await self._gather(wire.Deal, round, sum_of.adverts, patience_s)
         for client, told in heard.items():
             pieces = wire.apart(told.peers, told.sealed, SEALED_BYTES)
@@ -140,7 +139,7 @@ class Hub:
                 sum_of.take_shares(client, pieces)
         for client in sum_of.shared:
             dealt = wire.Dealt(round, *wire.together(sum_of.inbox(client)))
-            await peer.send(PeerId(client), sealed(dealt))
+            await peer.send(PeerId(client), dealt)
 
     async def _collect(self, sum_of: MaskedHub, signed: SignedRound | None, round: int) -> Tensor:
         """Vectors up, questions down, shares up: the sum."""
@@ -153,9 +152,9 @@ class Hub:
         if signed is None or not masking.agrees:
             for client in sorted(sum_of.summed):
                 question = wire.Question(round, *sum_of.question(client))
-                await peer.send(PeerId(client), sealed(question))
+                await peer.send(PeerId(client), question)
         else:
-            agreed = sealed(await self._vouched(sum_of, signed))
+            agreed = await self._vouched(sum_of, signed)
             for client in sorted(sum_of.summed):
                 sum_of.question(client)
                 await peer.send(PeerId(client), agreed)
@@ -179,7 +178,7 @@ class Hub:
         survivors = bitmap(graph.peers, sum_of.summed)
         witnesses = [peer for peer in graph.witnesses if peer in sum_of.summed]
         for witness in witnesses:
-            await self.peer.send(PeerId(witness), sealed(wire.Standing(round, survivors)))
+            await self.peer.send(PeerId(witness), wire.Standing(round, survivors))
         heard = await self._gather(wire.Vouched, round, witnesses, self.program.masking.phase_s)
         fine = {
             witness: told.signature
@@ -198,11 +197,11 @@ class Hub:
     async def _gather(
         self, kind: type[M], round: int, clients: Collection[int], patience_s: float
     ) -> dict[int, M]:
-        """One intact message of each, as far as they come in time."""
+        """One message of each, as far as they come in time."""
         if not clients:
             raise PeerError("masked sum: nobody is left")
         heard = await self.peer.gather(
             kind, tag=(round,), expect=[PeerId(client) for client in sorted(clients)],
             deadline=self.peer.now() + patience_s,
         )  # fmt: skip
-        return {int(client): told for client, told in heard.items() if intact(told)}
+        return {int(client): told for client, told in heard.items()}
