@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ import torch
 from shoal.lab import discover
 from shoal.lab.build import build, check
 from shoal.lab.card import KINDS, System
-from shoal.lab.cell import execute, make
+from shoal.lab.cell import Cell, execute, make
 from shoal.lab.experiment import Experiment
 from shoal.lab.fuzz import INVARIANTS, Target, smallest, target
 from shoal.lab.launch import is_strategy, launch, method_of
@@ -46,9 +46,15 @@ PEERS, ROUNDS = 6, 3
 LIVE_PEERS = 4
 LIVE_LINKS = {"name": "links", "latency_s": 0.01}
 SAMPLES = 240
+LESS = {
+    "steps": 4, "start_steps": 3, "update_steps": 3, "match_steps": 3, "min_steps": 3,
+    "max_steps": 12, "samples": 100, "sample_steps": 4, "real_batch": 64, "ops": 12,
+    "blob_bytes": 1 << 20, "block_bytes": 1 << 14,
+}  # fmt: skip
+"""Most of what a system may do by itself: settings that say how much of something it does."""
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def _one_thread() -> Any:
     """Tiny matrices: more threads only wait for each other."""
     threads = torch.get_num_threads()
@@ -71,6 +77,13 @@ def of_kind(*kinds: str) -> list[str]:
 STRATEGIES, PROGRAMS = of_kind("strategy"), of_kind("program")
 
 
+def less(card: System) -> dict[str, int]:
+    """Settings of what the card makes that would have it do more than `LESS`."""
+    made = fields(card.make) if is_dataclass(card.make) else ()
+    given = {field.name: field.default for field in made if field.name in LESS}
+    return {name: LESS[name] for name, most in given.items() if most and most > LESS[name]}
+
+
 def tiny(name: str, **changes: Any) -> dict[str, Any]:
     """Settings of a run that takes a moment: few peers and rounds, few digits, 8 hidden units."""
     card = discover.load(name)
@@ -86,6 +99,7 @@ def tiny(name: str, **changes: Any) -> dict[str, Any]:
             "train_samples": min(SAMPLES, dict(task.settings).get("train_samples", SAMPLES)),
         }  # fmt: skip
         small |= {key: value for key, value in fixed.items() if key.startswith("task.")}
+    small |= less(card)
     exchange = fixed.get("exchange", {})
     if isinstance(exchange, dict) and exchange.get("sample", 0) > PEERS:
         small["exchange"] = {**exchange, "sample": PEERS // 2}
@@ -158,32 +172,58 @@ def digests(run: Run) -> tuple[Any, ...]:
     return run.trace_digest, run.state_digest, run.virtual_s, run.messages_sent, rows
 
 
-@pytest.mark.parametrize(("name", "engine"), RUNS)
-def test_runs_on_its_engines_and_repeats(name: str, engine: str) -> None:
-    cell = smallest(name, tiny(name) if kind_of(name) != "study" else None)
-    first, second = (execute(replace(cell, engine=engine), launch) for _ in range(2))
-    assert engine in ("auto", first.engine)
+@dataclass(frozen=True)
+class Ran:
+    """A system's smallest cell on an engine, and its run."""
+
+    cell: Cell
+    run: Run
+
+
+@pytest.fixture(scope="module")
+def ran(request: pytest.FixtureRequest) -> Ran:
+    name, engine = request.param
+    if kind_of(name) == "study":
+        # Three processes of Gloo fail as six do, and each takes seconds to start.
+        few = {"peers": 3} if name == "gloo-ring" else None
+    else:
+        few = tiny(name)
+    cell = replace(smallest(name, few), engine=engine)
+    return Ran(cell, execute(cell, launch))
+
+
+def runs(*kinds: str) -> pytest.MarkDecorator:
+    """Each system of these kinds on each of its engines, run once for all tests of it."""
+    chosen = [pair for pair in RUNS if kind_of(pair[0]) in kinds]
+    return pytest.mark.parametrize(
+        "ran", chosen, ids=[f"{name}-{engine}" for name, engine in chosen], indirect=True
+    )
+
+
+@runs("strategy", "program", "study")
+def test_runs_on_its_engines_and_repeats(ran: Ran) -> None:
+    first, second = ran.run, execute(ran.cell, launch)
+    assert ran.cell.engine in ("auto", first.engine)
     assert first.rows
     assert first.finished
     assert digests(first) == digests(second)
-    if engine == "event":
+    if ran.cell.engine == "event":
         problems = [problem for problem in (rule(first) for rule in INVARIANTS) if problem]
         assert not problems
-    if cell.scenario.task is not None and engine != "auto":
+    if ran.cell.scenario.task is not None and ran.cell.engine != "auto":
         # Somebody learned something: the models are not the initial ones.
         assert first.series("loss")
-        initial = build(cell.scenario).task.init(keyed.key_of(cell.seed, "init"))
+        initial = build(ran.cell.scenario).task.init(keyed.key_of(ran.cell.seed, "init"))
         assert any(not torch.equal(params, initial) for params in first.final.values())
 
 
-@pytest.mark.parametrize(("name", "engine"), [r for r in RUNS if kind_of(r[0]) != "study"])
-def test_gives_the_same_on_a_device(name: str, engine: str) -> None:
+@runs("strategy", "program")
+def test_gives_the_same_on_a_device(ran: Ran) -> None:
     """A GPU is used wherever there is one; here a device that is none stands in for it."""
-    cell = replace(smallest(name, tiny(name)), engine=engine)
-    here = execute(cell, launch)
+    here = ran.run
     with PretendDevice() as device:
-        world = cell.scenario.with_settings({"engine.device": device.name})
-        there = execute(replace(cell, scenario=world), launch)
+        world = ran.cell.scenario.with_settings({"engine.device": device.name})
+        there = execute(replace(ran.cell, scenario=world), launch)
     assert here.trace_digest == there.trace_digest
     assert (here.bytes_sent, here.messages_delivered) == (
         there.bytes_sent,
