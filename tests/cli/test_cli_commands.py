@@ -62,7 +62,7 @@ def test_show_and_cite() -> None:
 
 def test_reproduce_and_its_contract_for_scripts() -> None:
     # 1, since a claim fails, even though its card expects that.
-    found = lines(shoal("reproduce", "alpha", "beta-x", "--json", "--seed", "3", code=1))
+    found = lines(shoal("reproduce", "alpha", "beta-x", "--json", "--seed", "3", "-j", "1", code=1))
     assert [each["system"] for each in found] == ["alpha", "beta-x"]
     first = found[0]
     assert set(first) == {"system", "budget", "seconds", "report", "claims"}
@@ -86,11 +86,11 @@ def test_reproduce_and_its_contract_for_scripts() -> None:
 def test_reproduce_exits_with_one_when_a_claim_fails_or_has_no_answer(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    text = shoal("reproduce", "alpha", "--budget", "full", code=1).stdout
+    text = shoal("reproduce", "alpha", "--budget", "full", "-j", "1", code=1).stdout
     assert "fails" in text
     assert "expected holds" in text
     monkeypatch.setattr("shoal.lab.launch.launch", failing_launch)
-    found = lines(shoal("reproduce", "alpha", "--json", "--fresh", code=1))
+    found = lines(shoal("reproduce", "alpha", "--json", "--fresh", "-j", "1", code=1))
     assert {c["verdict"] for c in found[0]["claims"]} == {"inconclusive", "out of scale"}
 
 
