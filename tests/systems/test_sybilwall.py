@@ -128,6 +128,14 @@ def test_scores_know_neither_lengths_nor_names(n: int, seed: int) -> None:
     assert bool((score[~known] == 0).all())
 
 
+@pytest.mark.parametrize(("dtype", "vast"), [(torch.float32, 1e30), (torch.float64, 1e200)])
+def test_alike_histories_show_however_long_they_are(dtype: torch.dtype, vast: float) -> None:
+    history = torch.eye(6, dtype=dtype)
+    history[3:] = history[3] * vast
+    known = torch.ones(6, dtype=torch.bool)
+    assert WALL.scores(history, known).tolist() == [1.0, 1.0, 1.0, 0.0, 0.0, 0.0]
+
+
 def test_all_alike_count_nothing_and_opposites_are_no_sybils() -> None:
     alike = torch.ones(3, 4)
     assert WALL.scores(alike, torch.ones(3, dtype=torch.bool)).tolist() == [0.0, 0.0, 0.0]
@@ -300,6 +308,16 @@ def test_first_sight_begins_a_history_of_its_own() -> None:
     after = heard_by(rule, hearsay, models, [2])
     torch.testing.assert_close(after.history[2], models[1])
     assert after.distance.tolist() == [0, 3, 1, 3, 3, 3]
+
+
+def test_a_history_that_overflows_leaves_others_their_scores() -> None:
+    rule = fitted(history="sum")
+    state, models = rule.init(normal(9)), normal(3, 9, word="e")
+    models[1] = torch.finfo(models.dtype).max * models[1].sign()
+    for now in range(3):
+        state = heard_by(rule, state, models, [2, 4], now=now)
+    assert state.history.isfinite().all()
+    assert state.score[4] > 0.5
 
 
 def test_the_output_layer_alone_can_be_compared() -> None:

@@ -70,8 +70,9 @@ class ClassMerge:
     does best on. With classes that differ from peer to peer, count selects classes that the sender
     has never seen, on which it fails, and so nobody learns anything from anybody.
 
-    A sender's claim selects classes and cannot raise a weight. Assumes that all use the same
-    features: distances and tests of a layer on other features mean nothing.
+    A sender's claim selects classes and cannot raise a weight. Tests see which output is largest,
+    not how large: a right layer times 1e30 passes them and takes the average along. Assumes that
+    all use the same features: distances and tests of a layer on other features mean nothing.
     Source: Verbraeken et al. 2021 (arXiv 2110.11006), section 5.
 
     >>> ClassMerge(alpha=0.3).quotas

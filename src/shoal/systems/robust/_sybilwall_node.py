@@ -19,7 +19,7 @@ from shoal.rounds.strategy import Heard, Parcel, Step
 from shoal.systems.robust._sybilwall_gossip import Table, drawn, heard_of, rows_at
 from shoal.tensor import keyed
 from shoal.tensor.flat import FlatSpec
-from shoal.tensor.stack import combine, nearest, shares, usable
+from shoal.tensor.stack import certain, combine, nearest, shares, usable
 from shoal.tensor.types import Mask, Stack, Vector, Weight
 
 HISTORIES = ("relative", "update", "sum", "latest")
@@ -157,8 +157,7 @@ class HistoryFilter:
 
     def scores(self, history: Stack, known: Mask) -> Tensor:
         """What each known peer counts, float64 [..., peers] in [0, 1]; 0 for the others."""
-        length = torch.linalg.vector_norm(history, dim=-1, keepdim=True)
-        unit = history / torch.where(length > 0, length, 1.0)
+        unit = units(history)
         return scores_of(unit @ unit.mT, known, self.kappa)
 
     def _proven(
@@ -189,7 +188,9 @@ class HistoryFilter:
         if self.history != "latest":
             # What had been hearsay so far does not mix with what is seen from now on.
             firsthand = (table.distance.gather(-1, at) == 1).unsqueeze(-1)
+            most = torch.finfo(made.dtype).max
             made = made + torch.where(firsthand, rows_at(table.history, at), 0.0)
+            made = made.clamp(-most, most)  # One that overflowed would leave nobody a score.
         now = torch.full_like(who, step.round)
         return table.written(at, heard, made, now, torch.ones_like(who), who, seal)
 
@@ -237,6 +238,22 @@ class SybilWall(HistoryFilter):
             "round": torch.where(told, state.round.gather(-1, at), -1),
             "distance": torch.where(told, state.distance.gather(-1, at) + 1, 0),
         }
+
+
+def units(history: Stack) -> Stack:
+    """Histories [..., peers, width] scaled to length 1, however long they are; zeros stay zeros.
+
+    >>> units(torch.tensor([[3e30, 4e30], [0.0, 0.0]]))
+    tensor([[0.6000, 0.8000],
+            [0.0000, 0.0000]])
+    """
+    length = torch.linalg.vector_norm(history, dim=-1, keepdim=True)
+    if not (history.is_cpu and certain(torch.isfinite(length))):
+        # Squares overflow from 1e19 on: as if alike vast ones had nothing in common.
+        top = history.abs().amax(-1, keepdim=True)
+        history = history / torch.where(top > 0, top, 1.0)
+        length = torch.linalg.vector_norm(history, dim=-1, keepdim=True)
+    return history / torch.where(length > 0, length, 1.0)
 
 
 @lru_cache(maxsize=64)
