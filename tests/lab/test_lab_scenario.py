@@ -5,13 +5,16 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal.base.errors import UsageError
 from shoal.lab.build import build, check, edges
+from shoal.lab.experiment import Experiment
 from shoal.lab.faults import FaultSetting, Round, read_fault
 from shoal.lab.launch import network_of
 from shoal.lab.run import run
@@ -304,3 +307,58 @@ def test_attacks_that_see_everybody_are_refused_between_processes() -> None:
     )  # fmt: skip
     with pytest.raises(UsageError, match="a process has only its own"):
         run("dpsgd", scenario, engine="live")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"peers": "abc"}, "Scenario: peers = 'abc'; need a whole number"),
+        ({"peers": 6.5}, "Scenario: peers = 6.5; need a whole number"),
+        ({"rounds": True}, "Scenario: rounds = True; need a whole number"),
+        ({"seed": "a"}, "Scenario: seed = 'a'; need a whole number"),
+        ({"seconds": "long"}, "Scenario: seconds = 'long'; need a number"),
+        ({"initial": "same"}, "Scenario: initial = 'same'; need one of"),
+    ],
+)
+def test_wrong_types_from_python_are_refused_at_once(settings: dict, message: str) -> None:
+    with pytest.raises(UsageError) as found:
+        Scenario(**settings)
+    assert str(found.value).startswith(message)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    peers, seconds = np.int64(5), np.float64(2.5)
+    assert Scenario(peers=peers, seconds=seconds) == Scenario(peers=5, seconds=2.5)  # type: ignore[arg-type]
+
+
+class _Half:
+    """A strategy that was not finished."""
+
+    def init(self, params: object) -> object:
+        return params
+
+
+class _Idle:
+    async def run(self, peer: object) -> None:
+        return
+
+
+@pytest.mark.parametrize(
+    ("what", "world", "seed", "message"),
+    [
+        (_Half(), Scenario(peers=2, rounds=1), 0, "this strategy lacks local, apply, params"),
+        (_Idle, Scenario(peers=2, rounds=1), 0, "_Idle is a class; need an object of it"),
+        (3, Scenario(peers=2, rounds=1), 0, "3 cannot be run: it has neither"),
+        (_Idle(), {"peers": 3}, 0, "run: scenario = {'peers': 3}; need a Scenario"),
+        (_Idle(), Scenario(peers=2, rounds=1), "a", "run: seed = 'a'; need a whole number"),
+    ],
+)
+def test_what_cannot_be_run_says_why(what: object, world: Any, seed: Any, message: str) -> None:
+    with pytest.raises(UsageError) as found:
+        run(what, world, seed)
+    assert message in str(found.value)
+
+
+def test_arms_need_names() -> None:
+    with pytest.raises(UsageError, match="need a name for each"):
+        Experiment(["dpsgd"], Scenario(peers=2, rounds=1))  # type: ignore[arg-type]

@@ -398,3 +398,26 @@ def test_the_user_s_module_is_not_touched() -> None:
     task.grad(task.init(keys), task.batch(task.shard(torch.arange(2)), keys, 2))
     assert not module.training
     assert all(torch.equal(before[n], v) for n, v in module.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "message"),
+    [
+        (np.zeros((4, 2)), torch.zeros(4), "train has samples of type ndarray; need tensors"),
+        (torch.tensor([[0.0], [float("nan")]]), torch.tensor([0, 1]), "1 of 2 train samples hold"),
+        (torch.zeros(2, 1), torch.tensor([0.0, float("inf")]), "1 of 2 train targets hold NaN"),
+        (torch.zeros(2, 1), torch.tensor([0.0, 1.0]), "float32 of shape (2,); cross_entropy needs"),
+    ],
+)
+def test_samples_that_nothing_can_learn_from_are_refused(x: Any, y: Any, message: str) -> None:
+    split = Shard(torch.tensor([[0], [1]]), torch.tensor([1, 1]))
+    good = torch.zeros(2, 1), torch.tensor([0, 1])
+    with pytest.raises(UsageError) as found:
+        task_of(nn.Linear(1, 2), "cross_entropy", (x, y), good, split)
+    assert message in str(found.value)
+
+
+def test_shares_of_classes_are_targets_of_cross_entropy() -> None:
+    split = Shard(torch.tensor([[0], [1]]), torch.tensor([1, 1]))
+    soft = torch.zeros(2, 1), torch.tensor([[0.3, 0.7], [1.0, 0.0]])
+    assert task_of(nn.Linear(1, 2), "cross_entropy", soft, soft, split).peers == 2

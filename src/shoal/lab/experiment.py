@@ -70,6 +70,10 @@ class Experiment:
     grid: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.arms, Mapping):
+            raise UsageError(
+                f"Experiment: arms = {self.arms!r}; need a name for each (arms={{'one': 'dpsgd'}})"
+            )
         if not self.arms:
             raise UsageError("Experiment: no arms; need at least one (arms={'fedavg': 'fedavg'})")
         seeds = self.seed_list()

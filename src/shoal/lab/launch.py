@@ -35,6 +35,7 @@ def launch(
 
     "auto" is `lockstep` for a strategy whose faults it knows, else `event`.
     """
+    _check_live(what)
     if is_strategy(what):
         return launch_seeds(what, [scenario], [seed], engine=engine, progress=progress)[0]
     if engine not in ("auto", "event", "live"):
@@ -62,6 +63,7 @@ def launch_seeds(
     """
     if engine not in ENGINES:
         raise UsageError(f"engine {engine!r}; need one of {', '.join(ENGINES)}")
+    _check_live(what)
     least_s = LIVE_ROUND_S if engine == "live" else 0.0
     made: list[tuple[Method, Network, Pieces, Measure]] = []
     for scenario, seed in zip(scenarios, seeds, strict=True):
@@ -113,6 +115,25 @@ def checkpoint(path: Path, key: str) -> Checkpoint:
 def is_strategy(what: Any) -> bool:
     """Whether this is written as rounds (init, local, apply, params), not as a program."""
     return all(hasattr(what, name) for name in ("init", "local", "apply", "params"))
+
+
+def _check_live(what: Any) -> None:
+    """Whether an object from Python is a strategy or a program."""
+    name = what.__name__ if isinstance(what, type) else type(what).__name__
+    methods = ("init", "local", "apply", "params")
+    lacking = [method for method in methods if not callable(getattr(what, method, None))]
+    run = getattr(what, "run", None)
+    if isinstance(what, type) and (not lacking or callable(run)):
+        raise UsageError(f"{name} is a class; need an object of it (write {name}())")
+    if not lacking:
+        return
+    if callable(run):
+        return
+    some = f"this strategy lacks {', '.join(lacking)}" if len(lacking) < 4 else "it has neither"
+    raise UsageError(
+        f"{what!r} cannot be run: {some} (give a system's name, an Arm, a strategy with "
+        f"{', '.join(methods)}, or a program with run)"
+    )
 
 
 def network_of(scenario: Scenario, pieces: Pieces) -> Network:

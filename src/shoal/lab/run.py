@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from shoal.base.errors import UsageError
 from shoal.lab import discover
 from shoal.lab import launch as seam
 from shoal.lab.card import Arm, System
@@ -35,7 +36,13 @@ def run(
     >>> found.engine, found.messages_delivered, len(found.series("accuracy"))
     ('lockstep', 16, 8)
     """
+    if not isinstance(scenario, Scenario):
+        raise UsageError(
+            f"run: scenario = {scenario!r}; need a Scenario (such as Scenario(peers=8, rounds=10))"
+        )
     seed = scenario.seed if seed is None else seed
+    if not isinstance(seed, int):
+        raise UsageError(f"run: seed = {seed!r}; need a whole number")
     if isinstance(what, System):
         what = what.name
     if isinstance(what, str):

@@ -133,6 +133,11 @@ class Scenario:
         object.__setattr__(self, "nats", freeze(dict(self.nats)))
         faults = tuple(read_fault(f, _owner, ("faults", i)) for i, f in enumerate(self.faults))
         object.__setattr__(self, "faults", faults)
+        for name, hint in _HINTS.items():
+            try:
+                fit(_plain(getattr(self, name)), hint)
+            except Unfit as error:
+                refuse(_owner, (name,), getattr(self, name), str(error), "change the value")
         problem = _problem(vars(self))
         if problem:
             refuse(_owner, *problem)
@@ -238,6 +243,12 @@ class Scenario:
     def digest(self) -> str:
         """A name for the content, equal in every process."""
         return bytes_digest(json.dumps(self.to_json(), sort_keys=True).encode())
+
+
+def _plain(value: Any) -> Any:
+    """A number of NumPy as one of Python."""
+    item = getattr(value, "item", None)
+    return item() if callable(item) else value
 
 
 def _owner(path: Path) -> str:

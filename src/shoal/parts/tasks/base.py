@@ -66,8 +66,15 @@ class ModuleTask:
         dtype = next(p for p in module.parameters() if p.requires_grad).dtype
         output = probe(module, x[:2].to(dtype) if x.is_floating_point() else x[:2])
         found = loss_of(loss)
-        if isinstance(found, CrossEntropy) and not y.is_floating_point():
-            classes = _check_classes(output, (y, test[1]), classes)
+        if isinstance(found, CrossEntropy):
+            if not y.is_floating_point():
+                classes = _check_classes(output, (y, test[1]), classes)
+            elif y.shape[1:] != output.shape[1:]:
+                raise UsageError(
+                    f"task: targets are {str(y.dtype).removeprefix('torch.')} of shape "
+                    f"{tuple(y.shape)}; cross_entropy needs whole numbers (y.long()), or a share "
+                    f"of each class, {(y.shape[0], *output.shape[1:])}"
+                )
         values = {
             "spec": spec,
             "peers": int(split.size.shape[0]),
@@ -376,11 +383,24 @@ def task_of(
 
 def _check_samples(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], split: Shard) -> None:
     for name, (x, y) in (("train", train), ("test", test)):
+        for what, value in (("samples", x), ("targets", y)):
+            if not isinstance(value, Tensor):
+                raise UsageError(
+                    f"task: {name} has {what} of type {type(value).__name__}; need tensors "
+                    "(torch.as_tensor makes them from arrays)"
+                )
         if x.shape[:1] != y.shape[:1] or x.shape[0] == 0:
             raise UsageError(
                 f"task: {name} has {x.shape[0]} samples and {y.shape[0]} targets; need as many, "
                 "and at least one"
             )
+        for what, value in (("samples", x), ("targets", y)):
+            bad = ~value.flatten(1).isfinite().all(1) if value.dim() > 1 else ~value.isfinite()
+            if bool(bad.any()):
+                raise UsageError(
+                    f"task: {int(bad.sum())} of {len(bad)} {name} {what} hold NaN or infinity, the "
+                    f"first is number {int(bad.nonzero()[0])} (mend them, or leave them out)"
+                )
     if train[0].shape[1:] != test[0].shape[1:]:
         raise UsageError(
             f"task: training samples are {tuple(train[0].shape[1:])}, test samples "
