@@ -184,31 +184,45 @@ class ModuleWork:
     def clipped(
         self, params: Tensor, x: Tensor, y: Tensor, weight: Tensor, loss: Loss, clip: float
     ) -> Tensor:
-        def single(p: Tensor, x: Tensor, y: Tensor) -> Tensor:
-            return loss.each(self.call(p, x.unsqueeze(0)), y.unsqueeze(0)).sum()
+        fixed = dict(self.constants(params.dtype))
 
-        def scaled(p: Tensor, x: Tensor, y: Tensor, weight: Tensor) -> Tensor:
-            gradient = grad(single)(p, x, y)
-            norm = gradient.norm()
-            # One sample without a finite gradient must not show in a sum that is to hide it.
-            return torch.where(
-                norm.isfinite(), gradient * (weight * clip / norm.clamp_min(clip)), 0.0
-            )
+        def single(tensors: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+            output = functional_call(self.module, {**fixed, **tensors}, (x.unsqueeze(0),))
+            return loss.each(output, y.unsqueeze(0)).sum()
 
-        each = vmap(scaled, in_dims=(None, 0, 0, 0), randomness="error")
+        each = vmap(grad(single), in_dims=(None, 0, 0), randomness="error")
         total = torch.zeros_like(params)
         per_sample = (4 * self.spec.dim + self.numbers) * params.element_size()
         rows = max(1, CHUNK_BYTES // (per_sample * max(1, x.shape[1])))
         samples = max(1, CHUNK_BYTES // per_sample) if rows == 1 else max(1, x.shape[1])
         for i in range(0, params.shape[0], rows):
+            tensors = self.spec.views(params[i : i + rows])
             for j in range(0, x.shape[1], samples):
                 part = (slice(i, i + rows), slice(j, j + samples))
-                gradients = vmap(each, randomness="error")(
-                    params[i : i + rows], x[part], y[part], weight[part]
-                )
-                total[i : i + rows] += gradients.sum(1)
+                if len(params[i : i + rows]) == 1:
+                    # One model for all samples makes larger products than one for each.
+                    alone = {name: tensor[0] for name, tensor in tensors.items()}
+                    found = each(alone, x[part][0], y[part][0])
+                    found = {name: gradient.unsqueeze(0) for name, gradient in found.items()}
+                else:
+                    found = vmap(each, randomness="error")(tensors, x[part], y[part])
+                gradients = [found[name].flatten(2) for name in self.spec.names]
+                total[i : i + rows] += _clipped_sum(gradients, weight[part], clip)
         return total
 
     def _rows(self, params: Tensor, batch: int) -> int:
         per_row = (4 * self.spec.dim + batch * self.numbers) * params.element_size()
         return max(1, CHUNK_BYTES // per_row)
+
+
+def _clipped_sum(gradients: list[Tensor], weight: Tensor, clip: float) -> Tensor:
+    """Sums [rows, dim] over samples of gradients [rows, batch, size], a tensor each, each sample's
+    scaled to norm at most `clip` over all tensors."""
+    norms = torch.stack([torch.linalg.vector_norm(each, dim=-1) for each in gradients])
+    norm = torch.linalg.vector_norm(norms, dim=0)
+    factor, sound = weight * clip / norm.clamp_min(clip), norm.isfinite()
+    if not (sound.is_cpu and bool(sound.all())):
+        # One sample without a finite gradient must not show in a sum that is to hide it.
+        factor = torch.where(sound, factor, 0.0)
+        gradients = [torch.where(sound.unsqueeze(-1), each, 0.0) for each in gradients]
+    return torch.cat([(factor.unsqueeze(-2) @ each).squeeze(-2) for each in gradients], -1)
