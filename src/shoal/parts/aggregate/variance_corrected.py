@@ -141,7 +141,9 @@ class VarianceCorrected:
             return mean
         found, middles, aparts = zip(*[_apart(pieces[place]) for place in places], strict=True)
         # All tensors at once: operations on a number for each row cost as much as those on rows.
-        has, to = torch.stack(found, -1).to(torch.float64), goal[..., places]
+        has = torch.stack(found, -1).to(torch.float64)
+        # Not by a list of places, which a device would have to wait for.
+        to = torch.stack([goal[..., place] for place in places], -1)
         fit = (has > _LEAST) & (to > _LEAST)
         scale = torch.where(fit, (to / torch.where(fit, has, 1.0)).sqrt(), 1.0).to(mean.dtype)
         every = mean.is_cpu and bool(fit.all())
