@@ -125,9 +125,8 @@ def _check_live(what: Any) -> None:
     run = getattr(what, "run", None)
     if isinstance(what, type) and (not lacking or callable(run)):
         raise UsageError(f"{name} is a class; need an object of it (write {name}())")
-    if not lacking:
-        return
-    if callable(run):
+    # Settings of a program make it from the task: `bind`.
+    if not lacking or callable(run) or callable(getattr(what, "bind", None)):
         return
     some = f"this strategy lacks {', '.join(lacking)}" if len(lacking) < 4 else "it has neither"
     raise UsageError(
