@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import shoal
 from shoal.base.errors import UsageError
@@ -25,7 +26,7 @@ from shoal.systems.coding.sequential_gradient_traces import sequential_gradient_
 from shoal.world.record import Row, Run
 
 WORLD = shoal.Scenario(
-    peers=7, rounds=8, seconds=10_000.0, eval_every=4, eval_peers=1,
+    peers=7, rounds=8, seconds=10_000.0, eval_every=4,
     task={"name": "digits", "train_samples": 101, "hidden": [4], "holders": [0]},
     links={"name": "links", "latency_s": 0.001},
 )  # fmt: skip
@@ -59,6 +60,18 @@ def test_all_schemes_learn_the_same_from_exact_gradients() -> None:
         assert max(values(found, "job_delay")) <= {"sr": 2, "m": 2}.get(name, 0)
     assert not values(runs["uncoded"], "cancelled")
     assert values(runs["m"], "cancelled")
+
+
+def test_the_model_that_is_measured_is_the_first_one_and_everybody_ends_with_it() -> None:
+    found = run("m")
+    assert sorted(found.final) == list(range(7))
+    assert all(torch.equal(params, found.final[0]) for params in found.final.values())
+    measured = [row for row in found.series("loss") if row.peer == 0]
+    # After each of the jobs 1, 4 and 7, and at the end.
+    assert len(measured) == 4
+    losses = [row.value for row in measured]
+    assert losses == sorted(losses, reverse=True)
+    assert max(values(found, "consensus")) < 1e-24
 
 
 def test_work_of_the_workers_is_the_load_of_the_scheme() -> None:

@@ -200,14 +200,14 @@ def _median(values: list[float]) -> float:
     return ordered[len(ordered) // 2]
 
 
-def training(rows: Rows) -> Points:
-    """Loss of the first model over virtual time, seed by seed the first one."""
+def progress(rows: Rows) -> Points:
+    """How many gradients there are over virtual time, with the first seed."""
     out: dict[str, list[tuple[float, float]]] = {}
     for arm in (*EXACT, "ignoring"):
         run = rows.run(arm, rows.seeds[0])
         if run is not None:
-            series = [r for r in run.series("job_loss") if ("model", "0") in r.labels]
-            out[arm] = [(row.time_s, row.value) for row in series]
+            times = [row.time_s for row in run.series("job_loss")]
+            out[arm] = [(0.0, 0.0), *((time_s, done) for done, time_s in enumerate(times, 1))]
     return out
 
 

@@ -51,7 +51,6 @@ class Master:
         """All jobs that are left; then tell everybody that it is over."""
         peer, program = self.peer, self.program
         await self._commit()
-        peer.record("params", self.models[0])
         if self.done < program.jobs:
             scheme = SequentialScheme(program.rule, program.jobs - self.done)
             self._promise(scheme)
@@ -60,9 +59,9 @@ class Master:
                 peer.enter_round(first + round - 1)
                 await self._round(scheme, round, first)
                 await self._apply(scheme, first)
+        peer.record("params", self.models[0])
         peer.record("finished_s", peer.now())
-        nothing = torch.zeros(0, 0, device="cpu", dtype=torch.float64)
-        last = sealed(Assign(self.life, 1 << 40, (), (), (), nothing, True))
+        last = sealed(Assign(self.life, 1 << 40, (), (), (), self.models[:1], True))
         for worker in range(program.rule.workers):
             await peer.send(PeerId(worker + 1), last)
 

@@ -11,7 +11,8 @@ from shoal.wire.message import message
 class Assign:
     """Work for a round: parts of jobs, in order, and the parameters [fresh, dim] of the jobs that
     begin (or of all, for a worker that lacks some). Whatever the worker does for earlier rounds is
-    cancelled. life: greater each time that the master begins; over: there is no more work."""
+    cancelled. life: greater each time that the master begins; over: there is no more work, and the
+    parameters are those of the first model."""
 
     life: int
     round: int

@@ -53,6 +53,7 @@ class Worker:
                 if not intact(told) or (told.life, told.round) < (self.life, self.round):
                     continue
                 if told.over:
+                    peer.record("params", told.params[0])
                     break
                 if self._again(told):
                     if self.answered is not None:
@@ -80,8 +81,6 @@ class Worker:
         self.life, self.round, self.answered = told.life, told.round, None
         for job, params in zip(told.fresh, told.params, strict=True):
             self.known[job] = params
-            # What a worker has of any use to itself is the model that it was told last.
-            self.peer.record("params", params)
         oldest = told.round - self.program.rule.delay
         self.known = {job: params for job, params in self.known.items() if job >= oldest}
 

@@ -5,8 +5,7 @@ from shoal.lab.scenario import Scenario
 SCENARIOS = {
     # A master that has all real 8x8 digits, and 16 workers beside it; rounds are gradients taken.
     "digits_workers": Scenario(
-        name="coding.digits_workers", peers=17, rounds=60, eval_every=4, eval_peers=1,
-        seconds=100_000.0,
+        name="coding.digits_workers", peers=17, rounds=60, eval_every=4, seconds=100_000.0,
         task={"name": "digits", "split": "iid", "holders": [0], "hidden": [16]},
         links={"name": "links", "latency_s": 0.0005},
     ),

@@ -286,7 +286,10 @@ SYSTEM = System(
             "Rounds in which all are waited for, median over the seeds", "bars", measured.waits,
             "delays", "share of the rounds",
         ),
-        Chart("Loss of the first model", "curves", measured.training, "virtual seconds", "loss"),
+        Chart(
+            "Gradients taken over time, first seed", "curves", measured.progress, "seconds",
+            "gradients",
+        ),
     ),
     deviations=(
         "delays are drawn from a two-state chain (base 1 s, 10 s for the whole data, 6 times "
