@@ -11,8 +11,9 @@ unexport PYTHONDONTWRITEBYTECODE
 run: $(STAMP)
 	$(BIN)/shoal run examples/first_comparison.toml
 
+# Three workers share the cores: further threads in each would wait for those of the others.
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 3 -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist worksteal -m "not slow and not gpu"
 
 # As many slow tests as fit into five minutes; others with every commit.
 slow: $(STAMP)

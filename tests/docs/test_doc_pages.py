@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 from doc_pages import PAGES, ROOT, anchors, blocks, commands, links, text_of
@@ -188,13 +190,18 @@ def test_code_blocks_have_a_language(page: str) -> None:
         assert block.language, f"{page}:{block.line}: name the block's language"
 
 
-def parse(words: list[str]) -> None:
-    """Parse `shoal ...` as the command line does, without running it."""
+@cache
+def command_line() -> Any:
     import typer
 
     from shoal.cli.app import app
 
-    group = typer.main.get_command(app)
+    return typer.main.get_command(app)
+
+
+def parse(words: list[str]) -> None:
+    """Parse `shoal ...` as the command line does, without running it."""
+    group = command_line()
     context = group.make_context("shoal", list(words), resilient_parsing=False)
     rest = [*context._protected_args, *context.args]
     if not rest:

@@ -44,7 +44,7 @@ def test_it_is_found_without_being_imported(enrolled: Path) -> None:
 
 
 def test_its_claims_are_measured_and_hold(enrolled: Path) -> None:
-    code, said = shoal("reproduce", "soft-average", "--budget", "small", "--json")
+    code, said = shoal("reproduce", "soft-average", "--budget", "small", "-j", "1", "--json")
     claims = {claim["name"]: claim for claim in json.loads(said)["claims"]}
     assert code == 0
     assert claims["cooperation"]["verdict"] == "holds"
