@@ -244,9 +244,9 @@ SYSTEM = System(
         Chart("Neighbours needed", "curves", measured.degrees, x="log10 of clients", y="k"),
     ),
     deviations=(
-        "who is whose neighbour is drawn by everybody from the run's seed: it need not be sent, and "
-        "the hub cannot choose it unless it chooses the seed; the paper's clients choose, once they "
-        "are bound to their keys",
+        "who is whose neighbour is drawn by everybody from the run's seed: it need not be sent, "
+        "and the hub cannot choose it unless it chooses the seed; the paper's clients choose, once "
+        "they are bound to their keys",
         "a commitment to the own mask travels with the keys, so that wrong shares are found and "
         "corrected (Reed-Solomon) and their holders named; the paper's clients are semi-honest",
         "against a hub that lies, k witnesses of each round sign one set of survivors for all, and "
