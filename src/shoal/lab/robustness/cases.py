@@ -18,7 +18,7 @@ from shoal.lab.robustness.matrix import Entry
 from shoal.lab.rows import curve
 from shoal.lab.scenario import ROLES, Part
 from shoal.lab.store import Store
-from shoal.lab.values import Unfit, from_text, literal, near
+from shoal.lab.values import literal, near
 
 METRIC = "accuracy"
 
@@ -63,12 +63,8 @@ def parts_named(texts: Iterable[str], field: str, option: str) -> tuple[Part, ..
 
 
 def _setting(kind: type, key: str, text: str) -> Any:
-    """As the setting's own type, if the text is one: `false` may be a word."""
-    hint = typing.get_type_hints(kind).get(key)
-    try:
-        return literal(text) if hint is None else from_text(text, hint)
-    except Unfit:
-        return literal(text)
+    """A value, unless the setting takes a text: there `false` is a word."""
+    return text if typing.get_type_hints(kind).get(key) is str else literal(text)
 
 
 @dataclass(frozen=True, eq=False)
