@@ -9,7 +9,7 @@ from shoal.base.errors import UsageError
 from shoal.parts import find, names
 from shoal.parts.aggregate.mean import Mean
 from shoal.parts.attack.equivocate import Equivocate
-from shoal.rounds.attack import Knowledge, View
+from shoal.rounds.attack import Aim, Knowledge, View
 from shoal.tensor import keyed
 from shoal.testing.attack import check_attack
 
@@ -79,6 +79,12 @@ def test_a_search_is_handed_the_rule_in_force() -> None:
     searched = find("attack", "inner_product")(factor="search")(view, KEY)
     torch.testing.assert_close(sent[0], searched)
     assert len(asked) == 3 * 8
+
+
+def test_success_is_that_of_the_attack_which_is_told() -> None:
+    assert Equivocate("class_flip", {"source": 2, "target": 3}).aim() == Aim(3, 2)
+    with pytest.raises(UsageError, match="equivocate: lie='alie' has no target class"):
+        Equivocate("alie").aim()
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from shoal.base.errors import UsageError
 from shoal.parts import find
-from shoal.rounds.attack import Attack, Knowledge, View
+from shoal.rounds.attack import Aim, Attack, Knowledge, View
 from shoal.tensor import keyed
 from shoal.tensor.types import Key, Stack
 
@@ -46,6 +46,16 @@ class Wrapped:
                 f"{self._part}: {self._name} with {dict(self.settings)}: {error} (mend the "
                 "settings)"
             ) from None
+
+    def aim(self) -> Aim:
+        """What counts as success: what the other attack wants."""
+        aim = getattr(self.attack, "aim", None)
+        if aim is None:
+            raise UsageError(
+                f"{self._part}: {self.names}={self._name!r} has no target class to succeed with "
+                "(use class_flip or backdoor)"
+            )
+        return aim()
 
     @property
     def _part(self) -> str:

@@ -13,7 +13,7 @@ from shoal.base.errors import UsageError
 from shoal.parts.attack._own_data import need_class
 from shoal.parts.attack._wrapped import Settings, Wrapped
 from shoal.parts.attack.base import repeated
-from shoal.rounds.attack import Aim, Knowledge, View
+from shoal.rounds.attack import Knowledge, View
 from shoal.rounds.task import Shard, Task
 from shoal.tensor import keyed
 from shoal.tensor.stack import masked_mean, usable
@@ -100,13 +100,3 @@ class Sybils(Wrapped):
         longest = torch.linalg.vector_norm(history, dim=-1).argmax(-1)
         place = longest[..., None, None].expand(*longest.shape, 1, history.shape[-1])
         return {**said, "history": history.gather(-2, place).expand_as(told).contiguous()}
-
-    def aim(self) -> Aim:
-        """What counts as success: the goal's."""
-        aim = getattr(self.attack, "aim", None)
-        if aim is None:
-            raise UsageError(
-                f"sybils: goal={self.goal!r} has no target class to succeed with (use class_flip "
-                "or backdoor)"
-            )
-        return aim()
