@@ -22,6 +22,7 @@ def accuracies(rows: Rows) -> Points:
     ("kind", "lines", "shown"),
     [
         ("curves", {"fast": [(0.0, 0.0), (1.5, 3.0)], "slow": [(0.0, 0.0), (9.0, 3.0)]}, "slow"),
+        ("points", {"fast": [(7, 0.1), (9, 0.3)], "slow": [(7, 0.2)]}, "slow"),
         ("spans", {"client 1": [(0.0, 2.0), (2.5, 3.0)], "client 2": [(0.0, 3.0)]}, "client 2"),
         ("bars", {"before": [(1, 20.0), (2, 5.0)], "after": [(1, 4.0), (3, 7.0)]}, "after"),
         ("grid", {"open": [("open", 1.0), ("shut", 0.125)], "shut": [("open", 0.0)]}, "12.5%"),

@@ -16,19 +16,20 @@ from shoal.lab.values import near
 if TYPE_CHECKING:
     from shoal.lab.rows import Rows
 
-KINDS = ("curves", "bars", "grid", "spans")
+KINDS = ("curves", "points", "bars", "grid", "spans")
 Points = Mapping[str, Sequence[tuple[Any, float]]]
-"""Of curves and bars: line -> (x, y) points. Of a grid: row -> (column, value) pairs. Of spans:
-row -> (begin, end) pairs."""
+"""Of curves, points and bars: line -> (x, y) points. Of a grid: row -> (column, value) pairs. Of
+spans: row -> (begin, end) pairs."""
 
 
 @dataclass(frozen=True)
 class Chart:
     """A picture of what `points(rows)` returns; a module-level function of the runs.
 
-    kind: "curves" (steps between the points), "bars" (x are names or whole numbers), "grid" (a
-    share of 0 to 1 in every cell) or "spans" (a row of bars from begin to end, as in a Gantt
-    chart); x, y: what the axes show.
+    kind: "curves" (steps: a value holds until the next), "points" (what was measured at a few
+    places, joined by straight lines), "bars" (x are names or whole numbers), "grid" (a share of 0
+    to 1 in every cell) or "spans" (a row of bars from begin to end, as in a Gantt chart); x, y:
+    what the axes show.
     """
 
     title: str

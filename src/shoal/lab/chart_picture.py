@@ -15,7 +15,9 @@ def svg(drawn: Drawn) -> str:
     """The picture; empty when there is nothing to draw."""
     if not any(drawn.lines.values()):
         return ""
-    draw = {"curves": _curves, "bars": _bars, "grid": _grid, "spans": _spans}[drawn.kind]
+    draw = {
+        "curves": _curves, "points": _curves, "bars": _bars, "grid": _grid, "spans": _spans,
+    }[drawn.kind]  # fmt: skip
     rows = len(drawn.lines) if drawn.kind in ("grid", "spans") else 0
     height = max(3.4, 0.5 * rows + 1.4)
     return plot.svg(7.6, height, lambda figure: draw(drawn, figure), drawn.title)
@@ -23,9 +25,13 @@ def svg(drawn: Drawn) -> str:
 
 def _curves(drawn: Drawn, figure: Figure) -> None:
     panel = figure.subplots()
+    # What holds until it changes goes in steps; what was measured here and there is marked.
+    style: dict[str, Any] = (
+        {"drawstyle": "steps-post"} if drawn.kind == "curves" else {"marker": "o"}
+    )
     for name, look in plot.looks(tuple(drawn.lines)).items():
         x, y = zip(*drawn.lines[name], strict=True)
-        panel.step(x, y, where="post", color=look.color, linestyle=look.dash, label=name, zorder=3)
+        panel.plot(x, y, color=look.color, linestyle=look.dash, label=name, zorder=3, **style)
     _named(drawn, panel)
 
 

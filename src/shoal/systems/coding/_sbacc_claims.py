@@ -203,7 +203,7 @@ def _rate(run: Run, magnitude: float) -> float:
     return max(value(run, "located", Point(size, MOST, magnitude, 0)) for size in DIMENSIONS)
 
 
-def accuracy_by_liars(rows: Rows) -> dict[str, list[tuple[float, float]]]:
+def accuracy_by_liars(rows: Rows) -> dict[str, list[tuple[int, float]]]:
     """Accuracy of coded inference against the number of liars, mean over the seeds."""
     arms = {
         "located and left out": ("inference, honest", "inference", "inference, 6 liars"),
@@ -212,7 +212,7 @@ def accuracy_by_liars(rows: Rows) -> dict[str, list[tuple[float, float]]]:
     found = {}
     for line, names in arms.items():
         points = []
-        for liars, arm in zip((0.0, 3.0, 6.0), names, strict=True):
+        for liars, arm in zip((0, 3, 6), names, strict=True):
             runs = [rows.run(arm, seed) for seed in rows.seeds] if arm in rows.arms else []
             values = [single(run, "coded_accuracy") for run in runs if run]
             if values:

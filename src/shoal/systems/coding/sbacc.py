@@ -230,7 +230,7 @@ SYSTEM = System(
     ),
     charts=(
         Chart(
-            "Error by dimension of the code, 3 liars of magnitude 1", "curves", measured.curves,
+            "Error by dimension of the code, 3 liars of magnitude 1", "points", measured.curves,
             "dimension", "median relative error",
         ),
         Chart(
@@ -238,7 +238,7 @@ SYSTEM = System(
             measured.located_grid, "magnitude", "function",
         ),
         Chart(
-            "Accuracy of coded inference by number of liars", "curves",
+            "Accuracy of coded inference by number of liars", "bars",
             measured.accuracy_by_liars, "liars of 31 workers", "accuracy",
         ),
     ),
