@@ -135,6 +135,18 @@ def test_keys_that_the_hub_swaps_are_refused(signed: bool) -> None:
     assert not found.series("summed")
 
 
+def test_keys_can_be_signed_for_a_hub_that_only_looks() -> None:
+    found = changed(own_keys(True), lying=False, signing=True)
+    why = reasons(found, "gave_up", 0)
+    program, _ = world(lying=False, signing=True)
+    for peer in program.graph(0).neighbors(2):
+        assert "passed on for peer 2 are not what it signed" in why[peer]
+    calm = changed(lambda _: lambda _to, message: message, lying=False, signing=True)
+    fine(calm)
+    assert "Question" in calm.bytes_by_kind
+    assert not {"Standing", "Agreed"} & set(calm.bytes_by_kind)
+
+
 def test_unsigned_keys_can_be_swapped_unseen() -> None:
     """The negative control: in the mode of a hub that only looks nobody notices, and the hub reads
     the shares that are meant for peer 2."""
@@ -432,6 +444,23 @@ def test_rubbish_of_the_hub_ends_rounds_and_no_client(name: str) -> None:
         assert {row.peer for row in told} <= set(CLIENTS)
         assert len(told) >= 4
     assert len(found.series("abandoned")) == ROUNDS
+
+
+@pytest.mark.parametrize(
+    ("fields", "why"),
+    [
+        ({"survivors": ()}, "has 0 peers"),
+        ({"survivors": (2, 2, 2)}, "asked twice"),
+        ({"survivors": (-1, 1 << 62)}, "strangers"),
+        ({"dropped": (99,)}, "about strangers"),
+    ],
+)  # fmt: skip
+def test_rubbish_questions_are_refused(fields: dict[str, Any], why: str) -> None:
+    found = changed(rubbish(wire.Question, **fields), lying=False)
+    assert not found.series("revealed")
+    told = [dict(row.labels)["why"] for row in found.series("refused")]
+    assert len(told) == 7 * ROUNDS
+    assert all(why in text for text in told)
 
 
 def test_bitmaps_are_read_strictly() -> None:
