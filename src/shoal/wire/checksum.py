@@ -1,21 +1,15 @@
-"""A checksum of a message's fields, for programs whose messages may be damaged and still decode.
+"""A checksum of values as messages have them: a short name for what somebody holds or asks for.
 
-Links of this package protect their bytes; a bit that flips elsewhere (memory, a proxy, the fault
-`corrupt`) gives a message with another number in it. One field of a message may hold this sum of
-the others, so that its receiver can tell.
+Against damage on the way messages are declared with `checked=True` (`shoal.wire.message`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any
 from zlib import crc32
 
-from msgspec.structs import astuple, replace
-
 from shoal.wire.message import Packed
-
-M = TypeVar("M")
 
 _PLAIN = frozenset({int, float, bool, str, type(None), tuple})
 
@@ -53,18 +47,3 @@ def checksum(*fields: Any) -> int:
             plain.append(field)
     # One text of all that is short: a call for each costs more than the sum.
     return crc32(repr(plain).encode(), code)
-
-
-def sealed(told: M) -> M:
-    """The same message with the checksum of its kind and fields in `check`, its last field."""
-    return replace(told, check=_sum(told))  # pyright: ignore[reportArgumentType]
-
-
-def intact(told: Any) -> bool:
-    """Whether a message is what its sender sealed; one that is not counts as lost."""
-    return told.check == _sum(told)
-
-
-def _sum(told: Any) -> int:
-    # The kind too: a flipped bit may make a message one of another kind with the same fields.
-    return checksum(type(told).__name__, *astuple(told)[:-1])

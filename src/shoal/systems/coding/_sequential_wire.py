@@ -7,7 +7,7 @@ from torch import Tensor
 from shoal.wire.message import message
 
 
-@message(tag=("life", "round"))
+@message(tag=("life", "round"), checked=True)
 class Assign:
     """Work for a round: parts of jobs, in order, and the parameters [fresh, dim] of the jobs that
     begin (or of all, for a worker that lacks some). Whatever the worker does for earlier rounds is
@@ -21,10 +21,9 @@ class Assign:
     fresh: tuple[int, ...]
     params: Tensor
     over: bool
-    check: int = 0
 
 
-@message(tag=("life", "round"))
+@message(tag=("life", "round"), checked=True)
 class Answer:
     """The results [tasks, dim] of a round's work, in its order; none if `lacks`: the worker has not
     the parameters that it needs."""
@@ -33,4 +32,3 @@ class Answer:
     round: int
     results: Tensor
     lacks: bool
-    check: int = 0
