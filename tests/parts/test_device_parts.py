@@ -270,8 +270,11 @@ def test_a_step_waits_for_nothing(name: str, batching: str) -> None:
         device.waits.clear()
         batch = task.batch(split, keys, 3)
         params = params - 0.1 * task.grad(params, batch)
-        task.clipped_grad_sum(params, batch, 0.1)
         assert not device.waits
+        task.clipped_grad_sum(params, batch, 0.1)
+        # Whether every sample's gradient is finite, before a second pass uses them.
+        assert device.waits.total() == (task.method == "stacked")
+        device.waits.clear()
         task.evaluate(params)
         assert not device.waits
         list(task.epoch(split, keys, 3))
