@@ -310,6 +310,9 @@ def test_a_delta_that_allows_to_publish_a_record_is_warned_of() -> None:
         (lambda: PrivateMomentum(momentum=1.0), "momentum=1.0"),
         (lambda: PrivateMomentum(record_clip=math.inf), "record_clip=inf"),
         (lambda: PrivateMomentum(noise=-1.0), "noise=-1.0"),
+        (lambda: PrivateMomentum(rule="sign", noise=0.1), "one record may turn every sign"),
+        (lambda: PrivateMomentum(records=0), "records=0; need at least 1"),
+        (lambda: PrivateMomentum(secrets="seed"), "secrets='seed'"),  # type: ignore[arg-type]
         (lambda: PrivateMomentum(rule="mean"), "rule='mean'"),  # type: ignore[arg-type]
         (lambda: SecureMomentum(client_clip=math.inf), "need the rule 'centred'"),
         (lambda: SecureMomentum(noise=0.0), "deviation=0.0"),

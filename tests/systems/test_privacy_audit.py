@@ -16,9 +16,11 @@ from shoal.lab.build import build
 from shoal.lab.rows import Rows
 from shoal.parts.privacy.audit_bounds import gaussian_epsilon
 from shoal.parts.strategy.private_steps import PrivateSteps
+from shoal.rounds.strategy import Step
 from shoal.systems.privacy import audit
+from shoal.systems.privacy._audit_momentum import momentum_of, momentum_runs
 from shoal.systems.privacy._audit_training import Canaries, many_runs, one_run
-from shoal.systems.privacy.audit import planted, privacy_audit
+from shoal.systems.privacy.audit import momentum_claim, planted, privacy_audit
 from shoal.tensor import keyed
 from shoal.world.record import Row, Run
 
@@ -72,6 +74,38 @@ def test_scores_of_sampled_records_are_likelihood_ratios(world: Canaries) -> Non
         ratios = np.exp(some)
         assert ratios.mean() == pytest.approx(1.0, abs=5 * ratios.std() / math.sqrt(len(ratios)))
     assert scores.steps[scores.included].mean() > 0 > scores.steps[~scores.included].mean()
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.8])
+def test_the_attack_on_momentum_is_the_best_there_is(world: Canaries, beta: float) -> None:
+    """A record that is in all rounds moves release t by 1 - beta^t of what one can, in the same
+    direction where models hardly move."""
+    strategy = momentum_of(2.0, 1.0, beta, 12, lr=1e-4)
+    scores = momentum_runs(world, strategy, 8, 1000, KEY)
+    square = sum((1 - beta**t) ** 2 for t in range(1, 9)) / 2.0**2
+    for value, sign in ((True, 1), (False, -1)):
+        some = scores.steps[scores.included == value]
+        assert some.mean() == pytest.approx(
+            sign * square / 2, abs=5 * math.sqrt(square / len(some))
+        )
+        assert some.std() == pytest.approx(math.sqrt(square), rel=0.12)
+        assert stats.kstest((some - sign * square / 2) / math.sqrt(square), "norm").pvalue > 1e-3
+    exact = gaussian_epsilon(math.sqrt(square), 1e-5)
+    claimed = momentum_claim(2.0, 1.0, 8, beta, 1e-5, "none")
+    assert exact <= claimed <= 1.25 * exact
+    wrong = momentum_claim(2.0, 1.0, 8, beta, 1e-5, "one release")
+    assert wrong == pytest.approx(claimed, rel=0.02) if beta == 0 else wrong < 0.4 * exact
+
+
+def test_whether_a_canary_is_there_does_not_show_in_the_number_of_records(world: Canaries) -> None:
+    strategy = replace(momentum_of(1.0, 1.0, 0.5, 12, lr=1e-4), noise=0.0)
+    one = replace(world, canaries=world.canaries[:1], y=world.y[:1])
+    shard = one.shard(torch.tensor([[True], [False]]))
+    params = world.task.init(KEY).expand(2, -1)
+    step = Step(0, world.task, shard, keyed.grid(KEY, 2), torch.ones(2).bool())
+    _, parcel = strategy.local(strategy.init(params), step)
+    own = one.gradients(params, slice(0, 1), 1.0)[0]
+    torch.testing.assert_close(parcel.vector[0] - parcel.vector[1], own / 12 / 2)
 
 
 def test_without_noise_every_coin_is_told(world: Canaries) -> None:
@@ -200,6 +234,9 @@ def test_claims_measure_what_they_say() -> None:
         ({"records": 5000}, "5000 records and 1 canaries"),
         ({"canaries": 5000}, "5000 canaries; need samples of real numbers"),
         ({"records": 21, "sampling": 0.1, "draws": "parts"}, "a multiple of 10"),
+        ({"bug": "one release"}, "nothing else can have"),
+        ({"mechanism": "momentum", "bug": "no clipping"}, "'poisson' and no bug"),
+        ({"mechanism": "momentum", "draws": "parts", "sampling": 0.1}, "momentum needs draws"),
     ],
 )
 def test_errors_name_the_setting(settings: dict, message: str) -> None:

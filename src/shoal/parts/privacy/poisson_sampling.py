@@ -79,14 +79,15 @@ def clipped_sum(
 
 def sampled_gradient(
     task: Task, params: Vector, shard: Shard, key: Key, p: float, clip: float,
-    secrets: Secrets = "run",
+    secrets: Secrets = "run", records: int | None = None,
 ) -> Vector:  # fmt: skip
     """1 / (p |D|) times the sum of the clipped gradients of records drawn with probability p.
 
-    params [..., dim]; |D| = shard.size counts as public. Divided by the expected size of the
-    sample, not by the realised one, so that a record moves the result by clip / (p |D|) at most.
+    params [..., dim]; |D| is public: `records`, or the shard's size if that is. Divided by the
+    expected size of the sample, not by the realised one, so that a record moves the result by
+    clip / (p |D|) at most.
     """
     sample = drawn(shard, key, p, secrets)
     total = clipped_sum(task, params, sample, key, p * shard.index.shape[-1], clip)
-    size = shard.size.clamp_min(1).to(params.dtype).unsqueeze(-1)
-    return total / (p * size)
+    size = shard.size if records is None else torch.full_like(shard.size, records)
+    return total / (p * size.clamp_min(1).to(params.dtype).unsqueeze(-1))

@@ -56,7 +56,9 @@ class PrivateMomentum:
     the same in all rounds: momentum carries older gradients, so noise that shrinks with R would no
     longer cover them. secrets: "run" draws records and noise by key, which hides nothing from those
     who know the seed; with "system" nobody can work them out (see `parts.privacy.secret_keys`).
-    |D| is public. Needs a hub that does not work on data of its own.
+    records: |D|, a public number that must not tell whether a record is there; None takes the size
+    of each client's shard, which then counts as public. Needs a hub that does not work on data of
+    its own.
     Source: Gu, Zhao, Yu and Xiong 2025, algorithm 1 (DP-BREM, arXiv 2306.12608).
 
     >>> PrivateMomentum(client_clip=0.5).needs_hub
@@ -72,6 +74,7 @@ class PrivateMomentum:
     rule: Rule = "centred"
     local_noise: bool = False
     secrets: Secrets = "run"
+    records: int | None = None
 
     needs_hub: ClassVar[bool] = True
     examples: ClassVar[tuple[dict[str, Any], ...]] = (
@@ -109,6 +112,8 @@ class PrivateMomentum:
                 "every sign that its client sends, far more than the noise is sized for (set "
                 "local_noise, or noise = 0)"
             )
+        if self.records is not None and self.records < 1:
+            raise UsageError(f"PrivateMomentum: records={self.records}; need at least 1, or None")
         check_secrets("PrivateMomentum", self.secrets)
 
     @property
@@ -122,7 +127,7 @@ class PrivateMomentum:
     def local(self, state: State, step: Step) -> tuple[State, Parcel]:
         gradient = sampled_gradient(
             step.task, state.params, step.shard, step.key, self.sampling, self.record_clip,
-            self.secrets,
+            self.secrets, self.records,
         )  # fmt: skip
         if self.local_noise:
             gradient = gradient + self.drawn_noise(step.key, gradient)
