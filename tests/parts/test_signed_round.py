@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from itertools import product
 from pathlib import Path
 
@@ -253,6 +254,8 @@ def test_rosters_of_runs_follow_from_seed_and_session() -> None:
     keys = [roster.key_of(peer) for roster, peer in product((one, other), range(9))]
     assert len(set(keys)) == 18
     assert again.key_of(5) == keys[5]
+    away = pickle.loads(pickle.dumps(one))
+    assert (away.session, away.key_of(5)) == (one.session, keys[5])
 
 
 def test_a_folder_says_who_is_who(tmp_path: Path) -> None:
@@ -263,6 +266,7 @@ def test_a_folder_says_who_is_who(tmp_path: Path) -> None:
         roster.key_of(peer) for peer in range(3)
     ]
     assert roster.key_of(3) is None
+    assert roster.key_of(-1) is None
     before = (folder / "roster.txt").read_text()
     Roster.write(folder, 3)
     assert (folder / "roster.txt").read_text() == before, "keys that are there are kept"

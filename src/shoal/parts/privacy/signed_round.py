@@ -25,7 +25,7 @@ import hashlib
 import struct
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -62,13 +62,8 @@ class Roster:
     def of_run(cls, seed: int, session: str = "") -> Roster:
         """Everybody's key pair follows from the seed: for runs that can be repeated. Whoever knows
         the seed can sign for everybody."""
-
-        @lru_cache(maxsize=1 << 16)
-        def identity(peer: int) -> Identity:
-            text = f"shoal masked identity {seed} {peer}"
-            return Identity.from_seed(hashlib.sha256(text.encode()).digest())
-
-        return cls(_session(seed, session), lambda peer: identity(peer).public, identity)
+        key_of, identity_of = partial(_public_of_run, seed), partial(_identity_of_run, seed)
+        return cls(_session(seed, session), key_of, identity_of)
 
     @classmethod
     def of_folder(cls, folder: str | Path, peers: int, seed: int, session: str = "") -> Roster:
@@ -96,21 +91,9 @@ class Roster:
             raise UsageError(
                 f"roster {path}: {len(keys)} keys for {peers} peers; need one a line for each"
             )
-
-        @lru_cache(maxsize=64)
-        def identity(peer: int) -> Identity:
-            own = Path(folder) / f"peer-{peer}.key"
-            found = Identity.load(own)
-            if found.public != keys[peer]:
-                raise UsageError(
-                    f"key file {own}: its public key {found.public.hex()} is not what {path} says "
-                    f"of peer {peer} (put it there, at everybody's)"
-                )
-            return found
-
-        return cls(
-            _session(seed, session), lambda peer: keys[peer] if peer < len(keys) else None, identity
-        )
+        known = tuple(keys)
+        key_of, identity_of = partial(_listed, known), partial(_loaded, str(folder), known)
+        return cls(_session(seed, session), key_of, identity_of)
 
     @staticmethod
     def write(folder: str | Path, peers: int) -> None:
@@ -121,6 +104,34 @@ class Roster:
         (folder / ROSTER_FILE).write_text("\n".join([*lines, ""]), encoding="utf-8")
 
 
+# Functions of the module, so that a roster can go to other processes.
+
+
+@lru_cache(maxsize=1 << 14)
+def _identity_of_run(seed: int, peer: int) -> Identity:
+    text = f"shoal masked identity {seed} {peer}"
+    return Identity.from_seed(hashlib.sha256(text.encode()).digest())
+
+
+def _public_of_run(seed: int, peer: int) -> bytes:
+    return _identity_of_run(seed, peer).public
+
+
+def _listed(keys: tuple[bytes, ...], peer: int) -> bytes | None:
+    return keys[peer] if 0 <= peer < len(keys) else None
+
+
+def _loaded(folder: str, keys: tuple[bytes, ...], peer: int) -> Identity:
+    own = Path(folder) / f"peer-{peer}.key"
+    found = Identity.load(own)
+    if found.public != keys[peer]:
+        raise UsageError(
+            f"key file {own}: its public key {found.public.hex()} is not what {ROSTER_FILE} says "
+            f"of peer {peer} (put it there, at everybody's)"
+        )
+    return found
+
+
 def _session(seed: int, session: str) -> bytes:
     return hashlib.sha256(f"shoal masked session {seed} {session}".encode()).digest()
 
@@ -129,8 +140,8 @@ def told(params: Tensor, extra: Mapping[str, Tensor]) -> bytes:
     """32 bytes that stand for what the hub sent to begin with."""
     digest = hashlib.sha256()
     for name, value in [("", params), *sorted(extra.items())]:
-        size, form = describe(value)
-        digest.update(struct.pack(">qqq", len(name), len(form), size) + name.encode() + form)
+        (size, form), word = describe(value), name.encode()
+        digest.update(struct.pack(">qqq", len(word), len(form), size) + word + form)
         digest.update(raw(value))
     return digest.digest()
 
