@@ -53,6 +53,7 @@ PARTS_EDGES = {
     ("tasks", "models"): "a data set builds its model, and the task compiles it",
     ("tasks", "flow"): "a flow task lays samples on the path, and is judged by exact flows",
     ("privacy", "transform"): "masked codes are packed as the codes of transforms are",
+    ("attack", "aggregate"): "the attack on Krum scores vectors as Krum does",
 }
 """What a subpackage of parts may import of another, and why; all else goes through rounds."""
 
