@@ -138,6 +138,21 @@ def test_run_one_system_over_a_grid_in_processes() -> None:
     assert Report.load(found[-1]["report"]).seeds == (0, 1)
 
 
+def test_a_plain_run_leaves_the_report_of_a_reproduction_alone() -> None:
+    kept = Path(
+        lines(shoal("reproduce", "alpha", "--budget", "full", "--json", code=1))[0]["report"]
+    )
+    before = kept.read_text()
+    plain = Path(lines(shoal("run", "alpha", "--peers", "5", "--json"))[-1]["report"])
+    assert (kept.name, plain.name) == ("alpha-full.html", "alpha.html")
+    assert kept.read_text() == before
+    assert "Reproduction of alpha" in before
+    assert "full budget" in before
+    text = plain.read_text()
+    assert "Run of alpha" in text
+    assert "budget" not in text
+
+
 def test_compare_on_a_named_scenario() -> None:
     found = lines(shoal("compare", "alpha", "beta-x", "--scenario", "fakes.tiny", "--json"))
     report = Report.load(found[-1]["report"])

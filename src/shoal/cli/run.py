@@ -73,7 +73,8 @@ def experiment_of(what: str) -> Experiment:
         return Experiment.load(what)
     card = load(what)
     arms = {what: Arm(system=what)} if card.make is not None else card.all_arms()
-    return Experiment(arms, scenario_of(what), title=card.title, system=what)
+    # No budget: this is no reproduction, whose report it must not take the place of.
+    return Experiment(arms, scenario_of(what), title=card.title, system=what, budget="")
 
 
 def _set_seeds(experiment: Experiment, seed: int | None, seeds: int | None) -> None:

@@ -49,10 +49,11 @@ def _head(report: Report) -> str:
         f"{len(report.arms)} arm{'s' if len(report.arms) != 1 else ''}",
         f"{len(report.seeds)} seed{'s' if len(report.seeds) != 1 else ''}",
         f"engine {', '.join(engines)}" if engines else "",
-        f"{report.budget} budget" if report.system else "",
+        f"{report.budget} budget" if report.system and report.budget else "",
         report.created,
     ]
-    over = f"Reproduction of {report.system}" if report.system else "Comparison"
+    what = "Reproduction" if report.budget else "Run"
+    over = f"{what} of {report.system}" if report.system else "Comparison"
     return header(over, report.title, facts)
 
 

@@ -240,10 +240,10 @@ class Report:
         return paths[".html"]
 
     def slug(self) -> str:
-        """A file name: the title in lower case, and the budget of a reproduction."""
+        """A file name: the system or the title in lower case, and the budget of a reproduction."""
         words = "".join(c if c.isalnum() else " " for c in (self.system or self.title).lower())
         name = "-".join(words.split()) or "report"
-        return f"{name}-{self.budget}" if self.system else name
+        return f"{name}-{self.budget}" if self.system and self.budget else name
 
     def _repr_html_(self) -> str:
         """Notebooks show the page in a frame of its own."""
