@@ -359,6 +359,15 @@ def test_what_cannot_be_run_says_why(what: object, world: Any, seed: Any, messag
     assert message in str(found.value)
 
 
+def test_a_rule_is_not_told_of_more_liars_than_there_are_peers() -> None:
+    world = Scenario(
+        peers=6, rounds=1, task="digits", topology="ring",
+        aggregator=Part("krum", {"byzantine": 40}),
+    )  # fmt: skip
+    with pytest.raises(UsageError, match="byzantine=40 with 6 peers; need at most 5"):
+        run("dpsgd", world)
+
+
 def test_arms_need_names() -> None:
     with pytest.raises(UsageError, match="need a name for each"):
         Experiment(["dpsgd"], Scenario(peers=2, rounds=1))  # type: ignore[arg-type]

@@ -219,6 +219,12 @@ def method_of(
             "its peers hear by itself (leave the aggregator out)"
         )
     aggregator, transform = _defaults(pieces)
+    told = getattr(aggregator, "byzantine", 0)
+    if isinstance(told, int) and told >= max(scenario.peers, 2):
+        raise UsageError(
+            f"aggregator {type(aggregator).__name__}: byzantine={told} with {scenario.peers} "
+            f"peers; need at most {scenario.peers - 1}, since somebody must be honest (lower it)"
+        )
     network = network_of(scenario, pieces)
     restarts = any(f.kind == "crash" and f.until is not None for f in pieces.faults)
     method = Method(
