@@ -226,7 +226,8 @@ def test_no_step_exceeds_the_budget(settings: dict) -> None:
     assert free._spent(allowed + 1).epsilon(1e-4) > strategy.budget
     assert replace(strategy, noise=0.0).allowed == 0
     assert replace(strategy, budget=None).allowed > 10**9
-    assert strategy.calibrated(3.0, 1e-5, rounds=40).noise == free.calibrated(3.0, 1e-5, 40).noise
+    # Of noise that is asked for the budget is no part.
+    assert strategy.calibrated(3.0, 1e-5, rounds=1).epsilon(1, 1e-5) <= 3.0
 
 
 def test_it_learns_at_a_price() -> None:
