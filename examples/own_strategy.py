@@ -29,7 +29,8 @@ class Shy:
     def local(self, state, step):
         sgd = SGD(self.lr)
         params, _ = descend(step.task, sgd, state, sgd.init(state), step, steps=self.steps)
-        return params, shoal.Parcel(params)
+        # The state stays where the round began; `step.sent` is what came of it.
+        return state, shoal.Parcel(params)
 
     def apply(self, state, heard, step):
         moved = (step.sent - state).norm(dim=-1, keepdim=True)

@@ -43,6 +43,9 @@ def test_a_line_says_what_is_done_in_hand_and_left(watch: Watch) -> None:
     assert lines.line() == "12 of 40 runs, dpsgd, seed 3, round 20 of 40, about 60 s left"
     tick(Tick(13, 40, "dpsgd, seed 3", 0.25, "and 9 more seeds, round 1 of 4"))
     assert lines.line().startswith("13 of 40 runs, dpsgd, seed 3 and 9 more seeds, round 1 of 4, ")
+    # How much of a run without a horizon in seconds is over cannot be told.
+    tick(Tick(20, 40, "gossip, seed 1", note="3.0 s virtual, 80 events"))
+    assert "gossip, seed 1, 3.0 s virtual, 80 events" in lines.line()
     tick(Tick(40, 40, "dpsgd, seed 9", note="done"))
     assert lines.line() == "40 of 40 runs"
 

@@ -53,7 +53,9 @@ def of_ticks(tell: Tell | None) -> Callable[[Tick], None] | None:
 
     def tick(now: Tick) -> None:
         note = ""
-        if now.part:
+        # A run without a horizon in seconds has a note before any part of it can be told.
+        ended = now.reused or now.note.startswith("done")
+        if now.part or (now.note and not ended):
             note = f"{now.cell}{' ' if now.note.startswith('and ') else ', '}{now.note}"
         tell(min(now.done + now.part, now.total), now.total, note, earlier=now.reused)
 

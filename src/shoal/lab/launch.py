@@ -263,7 +263,7 @@ def _run_program(
     if measure is None and pieces.task is not None:
         measure = measure_of(scenario, pieces, seed)
     horizon_s = float("inf") if scenario.seconds is None else scenario.seconds
-    note = None if progress is None else _seconds_note(progress, scenario.seconds)
+    note = None if progress is None else _seconds_note(progress, scenario.seconds, engine)
 
     if engine == "live":
         from shoal.engine.live import LiveSettings, run_live
@@ -284,10 +284,12 @@ def _run_program(
     return simulate(program, network, seed=seed, settings=settings, observer=measure, progress=note)
 
 
-def _seconds_note(progress: Progress, whole_s: float | None) -> Any:
-    def note(virtual_s: float, events: int) -> None:
-        part = min(1.0, virtual_s / whole_s) if whole_s else 0.0
-        progress(part, f"{virtual_s:.1f} s virtual, {events:,} events")
+def _seconds_note(progress: Progress, whole_s: float | None, engine: str) -> Any:
+    kind = "on sockets" if engine == "live" else "virtual"
+
+    def note(time_s: float, events: int) -> None:
+        part = min(1.0, time_s / whole_s) if whole_s else 0.0
+        progress(part, f"{time_s:.1f} s {kind}, {events:,} events")
 
     return note
 
