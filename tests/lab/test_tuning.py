@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -57,6 +58,18 @@ def test_the_table_has_a_column_for_each_kind_of_run() -> None:
 def test_a_system_without_a_search_is_refused() -> None:
     with pytest.raises(UsageError, match="dpsgd: its module has no TUNING"):
         tuning.main(["dpsgd"])
+
+
+def test_the_command_prints_what_was_found(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    search = Tuning({"gossip": candidates(0.0, 0.5)}, seeds=(100,), scenario=SMALL)
+    monkeypatch.setenv("SHOAL_HOME", str(tmp_path))
+    monkeypatch.setattr(discover, "module_of", lambda card: SimpleNamespace(TUNING=search))
+    assert tuning.main(["dpsgd"]) == 0
+    printed = capsys.readouterr()
+    assert [line.split(" | ")[1] for line in printed.out.splitlines()[2:]] == ["0.5", "0.0"]
+    assert printed.err.endswith("2 of 2 runs\n")
 
 
 def searches() -> dict[str, Tuning]:
