@@ -19,6 +19,7 @@ from up_processes import environment
 from shoal.cli.app import app
 from shoal.engine.live import LiveSettings, join
 from shoal.lab import torch_device
+from shoal.wire.identity import Identity
 from shoal.world.record import Run
 
 LIARS = (
@@ -42,6 +43,8 @@ def test_a_key_is_made_once_and_its_name_printed(tmp_path: Path) -> None:
     assert first.returncode == again.returncode == 0
     assert first.stdout == again.stdout
     assert len(first.stdout.strip()) == 56
+    public = peer(tmp_path, "--key", "me.key", "--show-public-key")
+    assert bytes.fromhex(public.stdout.strip()) == Identity.load(tmp_path / "me.key").public
     assert (tmp_path / "me.key").stat().st_mode & 0o077 == 0
 
 

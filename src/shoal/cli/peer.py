@@ -92,6 +92,10 @@ def command(
     show_name: Annotated[
         bool, typer.Option("--show-name", help="Print the name of the key, for --allow lists."),
     ] = False,
+    show_public_key: Annotated[
+        bool, typer.Option("--show-public-key",
+                           help="Print the public key in hexadecimal digits, for rosters."),
+    ] = False,
     until_eof: Annotated[
         bool, typer.Option("--until-eof", help="Stop when standard input is closed."),
     ] = False,
@@ -120,6 +124,9 @@ def command(
     identity = _identity(key, store)
     if show_name:
         typer.echo(identity.name)
+        raise typer.Exit
+    if show_public_key:
+        typer.echo(identity.public.hex())
         raise typer.Exit
     if what is None:
         raise UsageError("FILE_OR_NAME is missing (such as `shoal peer dpsgd`)")
