@@ -136,8 +136,9 @@ def test_fedprox_ends_where_loss_and_pull_balance(mu: float, lr: float) -> None:
     """Many steps on curve/2 (w - c)^2 + mu/2 (w - s)^2 lead to (curve c + mu s) / (curve + mu)."""
     task = bowls()
     start = torch.ones(PEERS, DIM, dtype=torch.float64)
-    # As many as leave e^-25 of the distance.
-    steps = math.ceil(25.0 / (lr * (float(task.curve.min()) + mu)))
+    # As many as leave e^-25 of the distance; long steps go to and fro.
+    left = float((1.0 - lr * (task.curve + mu)).abs().max())
+    steps = math.ceil(25.0 / -math.log(left))
     strategy = ProximalSteps(lr=lr, steps=steps, mu=mu)
     keys = keyed.grid(keyed.key_of(1), PEERS)
     step = Step(0, task, task.shard(torch.arange(PEERS)), keys, torch.ones(PEERS).bool())
